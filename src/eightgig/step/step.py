@@ -1,0 +1,148 @@
+"""One optimizer step over accumulated micro-batches. Free of logging and files: `train` owns those."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from eightgig.data.batch import MicroBatch
+from eightgig.registry.family import ModelFamily
+from eightgig.step.loss import Targets, target_loss_sum
+
+SumOverProcesses = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how a forward pass runs.
+
+    Attributes:
+        device: the device of the model.
+        input_dtype: dtype of floating-point model inputs (pixel values).
+        autocast_dtype: dtype of autocast, None where the weights already have the compute dtype.
+        loss_chunk_tokens: target positions whose logits exist at one time.
+    """
+
+    device: torch.device
+    input_dtype: torch.dtype
+    autocast_dtype: torch.dtype | None
+    loss_chunk_tokens: int
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The autocast context of a forward pass."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+
+def batch_loss_sum(model: nn.Module, family: ModelFamily, batch: MicroBatch, compute: Compute) -> Tensor:
+    """Sum of -log p over the target tokens of `batch`, an fp32 scalar; the forward pass of training and validation."""
+    targets = Targets.from_labels(batch.labels).to(compute.device)
+    moved = batch.to(compute.device, compute.input_dtype)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with compute.autocast():
+        hidden = family.hidden_states(base, moved.model_inputs)
+        return target_loss_sum(
+            hidden,
+            targets,
+            lambda states: family.logits(base, states),
+            chunk_tokens=compute.loss_chunk_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What forward and backward of one step gave.
+
+    Attributes:
+        loss: mean -log p over all target tokens of the step, over all processes; fp32 scalar on the model's device.
+    """
+
+    loss: Tensor
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What the update did.
+
+    Attributes:
+        grad_norm: L2 norm of all gradients before clipping.
+        skipped: True where a gradient was not finite, so that no parameter moved.
+    """
+
+    grad_norm: float
+    skipped: bool
+
+
+@dataclass
+class TrainingStep:
+    """Forward, backward and update of one optimizer step.
+
+    Attributes:
+        trainable: every parameter that learns, by its full name.
+        scaler: loss scaling for fp16, None in every other precision.
+        sum_over_processes: adds a tensor up over all processes; None when there is one.
+    """
+
+    model: nn.Module
+    family: ModelFamily
+    compute: Compute
+    trainable: Mapping[str, nn.Parameter]
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    max_grad_norm: float
+    scaler: torch.amp.GradScaler | None = None
+    sum_over_processes: SumOverProcesses | None = None
+
+    def __call__(self, micro_batches: Iterable[MicroBatch], num_target_tokens_total: int) -> StepResult:
+        """Accumulate the gradient of the mean loss over `num_target_tokens_total` tokens (those of all processes).
+
+        Dividing by the tokens of the whole step, not batch by batch, makes 1 × 32 equal to 32 × 1: a mean of means would
+        weigh the tokens of short answers more.
+        """
+        self.model.train()
+        total = torch.zeros((), device=self.compute.device)
+        for batch in micro_batches:
+            loss = batch_loss_sum(self.model, self.family, batch, self.compute) / num_target_tokens_total
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            total = total + loss.detach()
+        if self.sum_over_processes is not None:
+            total = self.sum_over_processes(total)
+        return StepResult(total)
+
+    def update(self) -> UpdateResult:
+        """Sum the gradients over processes, unscale, clip, apply the optimizer and advance the schedule."""
+        parameters = list(self.trainable.values())
+        if self.sum_over_processes is not None:
+            self._reduce_gradients(parameters)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+        skipped = not math.isfinite(grad_norm)
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif not skipped:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        # A skipped step still counts in the schedule: the step number, not the history, decides the learning rate.
+        self.scheduler.step()
+        return UpdateResult(grad_norm, skipped)
+
+    def _reduce_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Add up gradients in one flat buffer: adapters are small, and one call beats hundreds."""
+        assert self.sum_over_processes is not None
+        for parameter in parameters:
+            if parameter.grad is None:  # this process had no micro-batch that reaches it
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = self.sum_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
