@@ -1,6 +1,6 @@
 """Small stand-ins that tests share: a LLaVA model with its processor, images of any mode, data files.
 
-The model is built from its config (no download), has about 0.25 M parameters, and all inner sizes are multiples of 64,
+The model is built from its config (no download), has about 0.23 M parameters, and all inner sizes are multiples of 64,
 so that its linears can be held in NF4 with the usual block of 64.
 """
 
@@ -107,7 +107,7 @@ def build_tiny_llava(
     chat_template: str = PUBLISHED_TEMPLATE,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """`folder`, holding a LLaVA of about 0.25 M random parameters and its processor, as `from_pretrained` takes them."""
+    """`folder`, holding a LLaVA of about 0.23 M random parameters and its processor, for `from_pretrained`."""
     processor = build_tiny_processor(image_px=image_px, patch_px=patch_px, chat_template=chat_template)
     vocab_size = -(-len(processor.tokenizer) // 64) * 64
     config = LlavaConfig(
@@ -181,7 +181,7 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
 def write_llava_jsonl(
     folder: Path, num_samples: int = 8, *, seed: int = 0, name: str = "train.jsonl", num_turns: int = 1
 ) -> Path:
-    """The JSONL file `folder/name`: `num_samples` records in the LLaVA shape, each with its own PNG in `folder/images`."""
+    """The JSONL file `folder/name`: `num_samples` records in the LLaVA shape, each with a PNG in `folder/images`."""
     chooser = random.Random(seed)
     colours = ("red", "green", "blue", "grey", "white")
     records = []
