@@ -1,0 +1,68 @@
+"""Which checkpoints of a run stay: the last few and the best one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from eightgig.checkpoint.store import step_folder_name, verify_checkpoint
+from eightgig.core.errors import CheckpointError
+from eightgig.core.files import write_json
+
+BEST = "best.json"
+
+
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """All checkpoints below `folder`, oldest first; unfinished ones have hidden names and are not seen."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def read_best(folder: Path) -> dict[str, Any] | None:
+    """`{"step", "loss"}` of the checkpoint with the lowest validation loss so far, None before there is one."""
+    path = folder / BEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def record_best(folder: Path, *, step: int, loss: float) -> bool:
+    """Note the checkpoint after `step` as the best if `loss` is the lowest so far; returns whether it is."""
+    best = read_best(folder)
+    if best is not None and best["loss"] <= loss:
+        return False
+    write_json(folder / BEST, {"step": step, "loss": loss})
+    return True
+
+
+def prune(folder: Path, *, keep_last: int) -> list[Path]:
+    """Delete all checkpoints but the newest `keep_last` and the best one; returns what was deleted."""
+    best = read_best(folder)
+    best_name = step_folder_name(best["step"]) if best is not None else None
+    doomed = [path for path in checkpoint_paths(folder)[:-keep_last] if path.name != best_name]
+    for path in doomed:
+        # Renamed first, so that a crash in the middle leaves no half checkpoint that looks whole.
+        hidden = path.with_name(f".{path.name}.deleted")
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+    return doomed
+
+
+def newest_sound_checkpoint(folder: Path, say: Callable[[str], None]) -> Path:
+    """The newest checkpoint that passes verification; damaged newer ones are named through `say`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for path in reversed(checkpoint_paths(folder)):
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            say(f"skipped: {error.found}")
+            continue
+        return path
+    raise CheckpointError(
+        f"{folder} holds no usable checkpoint",
+        expected="at least one step-* folder that was written to its end",
+        next_step="start the run anew with `eightgig train`",
+    )

@@ -1,0 +1,40 @@
+"""The weights that learn: named, saved and put back. PEFT's own files for adapters, one safetensors file otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+ADAPTER_FOLDER = "adapter"
+FULL_WEIGHTS = "trainable.safetensors"
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter that learns, by full name, in the order of names (so that optimizer states line up on resume)."""
+    return {name: value for name, value in sorted(model.named_parameters()) if value.requires_grad}
+
+
+def save_trainable(model: nn.Module, folder: Path) -> None:
+    """Write what learns below `folder`: `adapter/` as PEFT writes it, or `trainable.safetensors` without adapters."""
+    if isinstance(model, PeftModel):
+        # The embeddings never change here, and asking the hub whether they did would need a network.
+        model.save_pretrained(str(folder / ADAPTER_FOLDER), safe_serialization=True, save_embedding_layers=False)
+        return
+    weights = {name: value.detach().to("cpu", copy=True) for name, value in trainable_parameters(model).items()}
+    save_file(weights, folder / FULL_WEIGHTS)
+
+
+def load_trainable(model: nn.Module, folder: Path) -> None:
+    """Put the weights that `save_trainable` wrote below `folder` back into `model`, bit for bit."""
+    if isinstance(model, PeftModel):
+        weights = load_peft_weights(str(folder / ADAPTER_FOLDER), device="cpu")
+        set_peft_model_state_dict(model, weights)
+        return
+    weights = load_file(folder / FULL_WEIGHTS)
+    with torch.no_grad():
+        for name, parameter in trainable_parameters(model).items():
+            parameter.copy_(weights[name])

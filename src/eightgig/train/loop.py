@@ -1,0 +1,123 @@
+"""The training loop, from top to bottom: validate, then step, log, validate and save until the last step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from eightgig.core.errors import DoesNotFit
+from eightgig.core.units import format_bytes
+from eightgig.data.batch import MicroBatch
+from eightgig.models.adapters import check_gradients
+from eightgig.train.journal import Journal
+from eightgig.train.run import Run
+from eightgig.train.saving import Saver
+from eightgig.train.validation import ValidationResult, Validator
+
+ETA_SMOOTHING = 0.9  # share of the old estimate kept at each step
+
+
+@dataclass(frozen=True)
+class LoopOutcome:
+    """What the loop ended with; validation results are None where the run has none of that kind."""
+
+    steps_done: int
+    train_s: float
+    final_loss: float | None
+    before: ValidationResult | None
+    after: ValidationResult | None
+
+
+class TrainingLoop:
+    """Runs the optimizer steps of `run`."""
+
+    def __init__(self, run: Run, journal: Journal, validator: Validator, saver: Saver) -> None:
+        self.run = run
+        self.journal = journal
+        self.validate = validator
+        self.saver = saver
+        self._seconds_per_step: float | None = None
+
+    def train(self, batches: Iterator[list[MicroBatch]], *, steps_done: int) -> LoopOutcome:
+        """Do all steps after `steps_done` (0 = a new run); `batches` gives this process's micro-batches of each."""
+        run = self.run
+        before = self.validate(0) if steps_done == 0 else None
+        started = time.perf_counter()
+        final_loss, after = None, None
+        for step in range(steps_done + 1, run.num_steps + 1):
+            final_loss = self._step_or_explain(step, batches, is_first=step == steps_done + 1)
+            is_last = step == run.num_steps
+            is_best = False
+            if is_last or _is_due(step, run.config.validation.every_steps):
+                after = self.validate(step)
+                is_best = after is not None and self.saver.is_best(step, after.loss)
+            if is_last or is_best or _is_due(step, run.config.checkpoints.every_steps):
+                self.saver.save(step, reason="lowest validation loss so far" if is_best else "regular")
+        train_s = time.perf_counter() - started
+        self.journal.close()
+        return LoopOutcome(run.num_steps, train_s, final_loss, before, after)
+
+    def _step_or_explain(self, step: int, batches: Iterator[list[MicroBatch]], *, is_first: bool) -> float:
+        try:
+            with self.run.meter.phase("train"):
+                return self._step(step, batches, is_first=is_first)
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFit(
+                f"the GPU ran out of memory in step {step}, "
+                f"with {format_bytes(self.run.meter.peak_bytes('reserved_bytes'))} reserved by PyTorch",
+                expected="a step that fits the card (or hardware.cap_gib)",
+                next_step=(
+                    "lower data.max_length, data.image_size or training.batch_size, or set "
+                    "hardware.gradient_checkpointing to true, and start again"
+                ),
+            ) from error
+
+    def _step(self, step: int, batches: Iterator[list[MicroBatch]], *, is_first: bool) -> float:
+        run = self.run
+        started = time.perf_counter()
+        micro_batches = next(batches)
+        data_wait_s = time.perf_counter() - started
+        counts = _count(run, micro_batches)
+        result = run.step(micro_batches, counts["num_target_tokens"])
+        if is_first:
+            check_gradients(run.model)
+        learning_rate = run.step.scheduler.get_last_lr()[0]
+        update = run.step.update()
+        loss = float(result.loss)
+        step_s = time.perf_counter() - started
+        record = {
+            "kind": "step",
+            "step": step,
+            "epoch": step / run.order.steps_per_epoch,
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "grad_norm": update.grad_norm,
+            "skipped": update.skipped,
+            **counts,
+            "step_s": step_s,
+            "data_wait_s": data_wait_s,
+            "tokens_per_s": counts["num_tokens"] / step_s,
+            "images_per_s": counts["num_images"] / step_s,
+            **run.meter.step_fields(),
+        }
+        self.journal.step(record, eta_s=self._eta_s(step, step_s), steps_planned=run.num_steps)
+        return loss
+
+    def _eta_s(self, step: int, step_s: float) -> float:
+        old = self._seconds_per_step
+        self._seconds_per_step = step_s if old is None else ETA_SMOOTHING * old + (1 - ETA_SMOOTHING) * step_s
+        return self._seconds_per_step * (self.run.num_steps - step)
+
+
+def _is_due(step: int, every_steps: int | None) -> bool:
+    return every_steps is not None and step % every_steps == 0
+
+
+def _count(run: Run, micro_batches: list[MicroBatch]) -> Mapping[str, int]:
+    """Target tokens, tokens and images of the whole step, over all processes."""
+    names = ("num_target_tokens", "num_tokens", "num_images")
+    own = [sum(getattr(batch, name) for batch in micro_batches) for name in names]
+    return dict(zip(names, run.total_over_processes(*own), strict=True))

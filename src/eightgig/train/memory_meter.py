@@ -1,0 +1,124 @@
+"""Measured memory: peaks by phase of the run, and the bytes of each category of tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from eightgig.models.receipt import Receipt
+
+
+class MemoryMeter:
+    """Peaks of allocated and reserved GPU memory for each phase; resident host memory where there is no GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.is_cuda = device.type == "cuda"
+        self.peaks: dict[str, dict[str, int]] = {}
+        self._process = psutil.Process()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count peaks inside the block towards phase `name` (train, validate, save)."""
+        if self.is_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            yield
+        finally:
+            self._note_peaks(name)
+
+    def _note_peaks(self, name: str) -> None:
+        peak = self.peaks.setdefault(name, {"allocated_bytes": 0, "reserved_bytes": 0})
+        peak["allocated_bytes"] = max(peak["allocated_bytes"], self._live_peak_bytes())
+        peak["reserved_bytes"] = max(peak["reserved_bytes"], self._live_reserved_bytes())
+
+    def now_bytes(self) -> int:
+        """Bytes allocated on the GPU now; without one, the resident memory of this process."""
+        if self.is_cuda:
+            return torch.cuda.memory_allocated(self.device)
+        return int(self._process.memory_info().rss)
+
+    def step_fields(self) -> dict[str, int]:
+        """Memory now and at its highest so far, as a step's record holds it."""
+        return {
+            "memory_now_bytes": self.now_bytes(),
+            "memory_peak_bytes": max(self.peak_bytes("allocated_bytes"), self._live_peak_bytes()),
+            "memory_reserved_peak_bytes": max(self.peak_bytes("reserved_bytes"), self._live_reserved_bytes()),
+        }
+
+    def _live_peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) if self.is_cuda else self.now_bytes()
+
+    def _live_reserved_bytes(self) -> int:
+        return torch.cuda.max_memory_reserved(self.device) if self.is_cuda else self.now_bytes()
+
+    def peak_bytes(self, kind: str) -> int:
+        """The highest `allocated_bytes` or `reserved_bytes` of any phase so far."""
+        return max((peak[kind] for peak in self.peaks.values()), default=0)
+
+    def record(self, receipt: Receipt, trainable: dict[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Any]:
+        """The content of memory.json.
+
+        Categories other than the first five are differences: activations are what the peak of training holds beyond
+        weights, gradients and optimizer; the allocator's overhead is what it reserves beyond that; the CUDA context is
+        what the card shows as used beyond what PyTorch reserves (other programs on the card are counted with it).
+        """
+        categories = {
+            "4-bit weights": receipt.bytes_of(is_4bit=True),
+            "16-bit weights": receipt.bytes_of(is_4bit=False),
+            "adapters": sum(p.numel() * p.element_size() for p in trainable.values()),
+            "gradients": sum(p.numel() * p.element_size() for p in trainable.values()),
+            "optimizer": _state_bytes(optimizer),
+        }
+        record: dict[str, Any] = {
+            "device": torch.cuda.get_device_name(self.device) if self.is_cuda else "cpu",
+            "phases": self.peaks,
+            "host_peak_rss_bytes": _peak_rss_bytes(self._process),
+        }
+        if self.is_cuda:
+            free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)
+            peak_allocated_bytes = self.peak_bytes("allocated_bytes")
+            peak_reserved_bytes = self.peak_bytes("reserved_bytes")
+            device_used_bytes = total_bytes - free_bytes
+            categories["activations and temporary"] = peak_allocated_bytes - sum(categories.values())
+            categories["allocator overhead"] = peak_reserved_bytes - peak_allocated_bytes
+            categories["CUDA context"] = device_used_bytes - torch.cuda.memory_reserved(self.device)
+            record |= {
+                "peak_allocated_bytes": peak_allocated_bytes,
+                "peak_reserved_bytes": peak_reserved_bytes,
+                "device_used_bytes": device_used_bytes,
+                "device_total_bytes": total_bytes,
+            }
+        return record | {"categories": categories}
+
+
+def _peak_rss_bytes(process: psutil.Process) -> int:
+    """Highest resident memory of `process` since its start: what the system counted where it does, else the present."""
+    memory = process.memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return int(memory.peak_wset)
+    if find_spec("resource") is None:
+        return int(memory.rss)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
+
+
+def _state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of all tensors in the optimizer's state; a table shared by several parameters counts once."""
+    storages: dict[int, int] = {}
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

@@ -1,0 +1,79 @@
+"""Everything a run needs, built and ready; what the loop works on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from eightgig.config import TrainingConfig
+from eightgig.data.encode import Encoder
+from eightgig.data.order import StepOrder
+from eightgig.data.sample import Sample
+from eightgig.models.load import LoadedModel
+from eightgig.step.step import TrainingStep
+from eightgig.train.memory_meter import MemoryMeter
+
+
+@dataclass(frozen=True)
+class DataSets:
+    """The samples of a run, checked, and what the check found.
+
+    Attributes:
+        fingerprint: hash of the training samples' ids, texts and image files' names, to be the same on resume.
+        num_quarantined: samples left out of either set.
+        num_cut_prompt_samples: samples whose prompt is longer than `max_length` and gets cut.
+        num_cut_answer_samples: samples whose answers alone are longer and get cut.
+    """
+
+    train: tuple[Sample, ...]
+    validation: tuple[Sample, ...]
+    fingerprint: str
+    num_quarantined: int
+    num_cut_prompt_samples: int
+    num_cut_answer_samples: int
+
+
+@dataclass
+class Run:
+    """One run, ready to start or to go on."""
+
+    config: TrainingConfig
+    accelerator: Accelerator
+    loaded: LoadedModel
+    encoder: Encoder
+    data: DataSets
+    order: StepOrder
+    num_steps: int
+    step: TrainingStep
+    meter: MemoryMeter
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with its adapters."""
+        return self.loaded.model
+
+    @property
+    def trainable(self) -> Mapping[str, nn.Parameter]:
+        """What learns, by name."""
+        return self.step.trainable
+
+    @property
+    def generation_samples(self) -> Sequence[Sample]:
+        """The fixed validation samples whose answers are generated, spread evenly over the validation set."""
+        num_wanted = min(self.config.validation.num_generated, len(self.data.validation))
+        return [self.data.validation[i * len(self.data.validation) // num_wanted] for i in range(num_wanted)]
+
+    def sum_over_processes(self, tensor: Tensor) -> Tensor:
+        """`tensor` added up over all processes."""
+        return tensor if self.accelerator.num_processes == 1 else self.accelerator.reduce(tensor, "sum")
+
+    def total_over_processes(self, *counts: int) -> list[int]:
+        """Each count added up over all processes."""
+        if self.accelerator.num_processes == 1:
+            return list(counts)
+        summed = self.accelerator.reduce(torch.tensor(counts, device=self.accelerator.device), "sum")
+        return [int(count) for count in summed]

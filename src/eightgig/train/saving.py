@@ -1,0 +1,74 @@
+"""Saving a run's state, keeping what must stay, and going on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from eightgig.checkpoint.retention import newest_sound_checkpoint, prune, record_best
+from eightgig.checkpoint.rng import capture_rng_state, restore_rng_state
+from eightgig.checkpoint.store import read_checkpoint, write_checkpoint
+from eightgig.train.events import TrainingListener
+from eightgig.train.journal import Journal
+from eightgig.train.run import Run
+from eightgig.train.run_folder import RunFolder
+
+
+class Saver:
+    """Writes checkpoints of `run` below its folder, from the main process."""
+
+    def __init__(self, run: Run, folder: RunFolder, journal: Journal, fingerprint: Mapping[str, str]) -> None:
+        self._run = run
+        self._checkpoints = folder.checkpoints
+        self._journal = journal
+        self._fingerprint = fingerprint
+
+    def save(self, step: int, *, reason: str) -> None:
+        """Write the checkpoint after `step`, then delete those that need not stay."""
+        run = self._run
+        if run.accelerator.is_main_process:
+            with run.meter.phase("save"):
+                path = write_checkpoint(
+                    self._checkpoints,
+                    step=step,
+                    model=run.model,
+                    state=self._state(),
+                    fingerprint=self._fingerprint,
+                )
+            prune(self._checkpoints, keep_last=run.config.checkpoints.keep_last)
+            self._journal.checkpoint(path, reason)
+        run.accelerator.wait_for_everyone()
+
+    def is_best(self, step: int, loss: float) -> bool:
+        """Note the validation loss after `step`; whether it is the lowest so far (the same on every process)."""
+        run = self._run
+        best = run.accelerator.is_main_process and record_best(self._checkpoints, step=step, loss=loss)
+        return run.total_over_processes(int(best))[0] > 0
+
+    def _state(self) -> dict[str, object]:
+        step = self._run.step
+        return {
+            "optimizer": step.optimizer.state_dict(),
+            "scheduler": step.scheduler.state_dict(),
+            "scaler": step.scaler.state_dict() if step.scaler is not None else None,
+            "rng": capture_rng_state(),
+        }
+
+
+def resume(run: Run, folder: RunFolder, fingerprint: Mapping[str, str], listener: TrainingListener) -> int:
+    """Put `run` where its newest sound checkpoint left it; returns the steps done.
+
+    Call it last before the loop: it also puts back the random number generators.
+
+    Raises:
+        CheckpointError: there is no usable checkpoint, or the config, data or trainable weights differ.
+    """
+    path: Path = newest_sound_checkpoint(folder.checkpoints, listener.on_message)
+    checkpoint = read_checkpoint(path, run.model, fingerprint=fingerprint)
+    step = run.step
+    step.optimizer.load_state_dict(checkpoint.state["optimizer"])
+    step.scheduler.load_state_dict(checkpoint.state["scheduler"])
+    if step.scaler is not None:
+        step.scaler.load_state_dict(checkpoint.state["scaler"])
+    restore_rng_state(checkpoint.state["rng"])
+    return checkpoint.step

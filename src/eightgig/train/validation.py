@@ -1,0 +1,89 @@
+"""Validation during a run: the loss over the validation set, and generated answers on a fixed part of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from eightgig.data.loader import validation_batches
+from eightgig.evaluate.generate import Generation, generate_answers
+from eightgig.evaluate.loss import validation_loss
+from eightgig.train.journal import Journal
+from eightgig.train.run import Run
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """Mean loss over target tokens, and the share of exact matches (None where no answers are generated)."""
+
+    loss: float
+    exact_match: float | None
+
+
+class Validator:
+    """Validates `run` on demand and logs it."""
+
+    def __init__(self, run: Run, journal: Journal) -> None:
+        self._run = run
+        self._journal = journal
+
+    def __call__(self, step: int) -> ValidationResult | None:
+        """Validate after `step` optimizer steps; None where the run has no validation samples."""
+        run = self._run
+        if not run.data.validation:
+            return None
+        started = time.perf_counter()
+        with run.meter.phase("validate"):
+            loss = self._loss()
+            # One process suffices for a few answers; the others wait for it below.
+            generations = self._generate() if run.accelerator.is_main_process else []
+        run.accelerator.wait_for_everyone()
+        matches = [generation.correct for generation in generations]
+        exact_match = sum(matches) / len(matches) if matches else None
+        record = {
+            "kind": "validation",
+            "step": step,
+            "loss": loss,
+            "exact_match": exact_match,
+            "num_generated": len(matches),
+            "validation_s": time.perf_counter() - started,
+        }
+        self._journal.validation(record, [_row(step, generation) for generation in generations])
+        return ValidationResult(loss, exact_match)
+
+    def _loss(self) -> float:
+        run = self._run
+        batches = validation_batches(
+            run.encoder,
+            run.data.validation,
+            batch_size=run.config.training.batch_size,
+            process_index=run.accelerator.process_index,
+            num_processes=run.accelerator.num_processes,
+        )
+        return validation_loss(
+            run.model, run.loaded.spec.family, batches, run.step.compute, run.step.sum_over_processes
+        )
+
+    def _generate(self) -> list[Generation]:
+        run = self._run
+        return generate_answers(
+            run.model,
+            run.encoder,
+            run.generation_samples,
+            run.step.compute,
+            max_new_tokens=run.config.validation.max_new_tokens,
+        )
+
+
+def _row(step: int, generation: Generation) -> Mapping[str, Any]:
+    return {
+        "step": step,
+        "sample_id": generation.sample_id,
+        "images": list(generation.images),
+        "question": generation.question,
+        "expected": generation.expected,
+        "answer": generation.answer,
+        "correct": generation.correct,
+    }
