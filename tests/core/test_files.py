@@ -1,0 +1,62 @@
+"""Files and folders appear whole or not at all, and a full disk says what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from eightgig.core.errors import DoesNotFit, EnvironmentProblem
+from eightgig.core.files import whole_folder, write_json, write_text
+
+
+def test_a_crash_while_writing_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "a.txt"
+    write_text(target, "old")
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(target, "new")
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_fails_half_way_vanishes(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "checkpoint") as folder:
+        (folder / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_replaces_an_older_one(tmp_path: Path) -> None:
+    for content in ("one", "two"):
+        with whole_folder(tmp_path / "adapter") as folder:
+            (folder / "weights").write_text(content)
+    assert (tmp_path / "adapter" / "weights").read_text() == "two"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "words"),
+    [
+        (errno.ENOSPC, DoesNotFit, "the disk is full"),
+        (errno.EACCES, EnvironmentProblem, "can't be written"),
+        (errno.EROFS, EnvironmentProblem, "can't be written"),
+    ],
+)
+def test_disk_errors_say_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception], words: str
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(error, match=words) as caught:
+        write_json(tmp_path / "run.json", {"a": 1})
+    assert "--output-dir" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
