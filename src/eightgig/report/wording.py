@@ -1,0 +1,54 @@
+"""How numbers are said to people: the same in the report and on the screen."""
+
+from __future__ import annotations
+
+import math
+from datetime import datetime
+
+
+def format_duration(duration_s: float) -> str:
+    """`duration_s` in its two largest units, e.g. `3 min 42 s`, `1 h 05 min`; below a minute to a tenth of a second."""
+    if duration_s < 59.95:
+        return f"{duration_s:.1f} s"
+    minutes, seconds = divmod(round(duration_s), 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours:02d} h"
+
+
+def format_share(share: float | None) -> str:
+    """`share` (0 to 1) in per cent to a tenth, e.g. `92.5 %`; `–` where there is none."""
+    if share is None:
+        return "–"
+    return f"{100 * share:.1f}".removesuffix(".0") + " %"
+
+
+def format_count(count: int | None) -> str:
+    """`count` short: `7.06 B`, `20.0 M`, and in full below ten thousand; `–` where there is none."""
+    if count is None:
+        return "–"
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**4)):
+        if count >= size:
+            return f"{count / (size if unit != 'k' else 1000):.3g} {unit}"
+    return f"{count:,}"
+
+
+def format_number(value: float | None) -> str:
+    """`value` to four significant digits; `–` where there is none, `not finite` where it is not a number."""
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if math.isfinite(value) else "not finite"
+
+
+def format_moment(moment: str | None) -> str:
+    """An ISO 8601 moment to the second as a person reads it, e.g. `2026-11-24 06:00:00 UTC`; other text as it is."""
+    if moment is None:
+        return "–"
+    try:
+        return f"{datetime.fromisoformat(moment):%Y-%m-%d %H:%M:%S %Z}".strip()
+    except ValueError:
+        return moment
