@@ -1,0 +1,88 @@
+"""Contradictions between settings of different sections, as far as they can be seen without the card or the model."""
+
+from __future__ import annotations
+
+import difflib
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+from pydantic_core import PydanticCustomError
+
+from eightgig.config.clash import Clash
+from eightgig.config.enums import OptimizerName
+from eightgig.config.preset_cards import PRESET_CARDS
+from eightgig.config.values import shown
+
+if TYPE_CHECKING:
+    from eightgig.config.schema import TrainingConfig
+
+
+def check_preset_name(name: str) -> None:
+    """Raise a pydantic error that names the nearest preset where there is none called `name`."""
+    if name in PRESET_CARDS:
+        return
+    raise PydanticCustomError("preset", "{allowed}", {"allowed": preset_names_text(name)})
+
+
+def preset_names_text(name: str) -> str:
+    """What could stand instead of the unknown preset `name`: the nearest one first, then all."""
+    nearest = difflib.get_close_matches(name, PRESET_CARDS, n=1, cutoff=0.5)
+    guess = f"did you mean {nearest[0]}? " if nearest else ""
+    return f"{guess}one of {', '.join(PRESET_CARDS)}"
+
+
+def contradictions(config: TrainingConfig) -> list[Clash]:
+    """Every pair of settings of `config` that can't both hold."""
+    return [*_against_preset(config), *_without_gpu(config)]
+
+
+def value_at(config: Any, path: str) -> Any:
+    """The value of the setting at the dotted `path` of `config`."""
+    return reduce(getattr, path.split("."), config)
+
+
+def _against_preset(config: TrainingConfig) -> list[Clash]:
+    """Values that the named preset can't do without on its card."""
+    if config.preset is None:
+        return []
+    card = PRESET_CARDS[config.preset]
+    clashes = []
+    for path, reason in card.fixed.items():
+        value, needed = value_at(config, path), card.choices[path].value
+        if value != needed:
+            clashes.append(
+                Clash(
+                    path=tuple(path.split(".")),
+                    value=value,
+                    allowed=f"{shown(needed)} with preset = {card.name}, made for {card.card_gib} GB: {reason}; "
+                    "name a preset for a larger card, or none",
+                    other="preset",
+                )
+            )
+    return clashes
+
+
+def _without_gpu(config: TrainingConfig) -> list[Clash]:
+    """Settings that only a GPU gives a meaning, where the CPU was asked for."""
+    if config.hardware.device != "cpu":
+        return []
+    clashes = []
+    if config.hardware.cap_gib is not None:
+        clashes.append(
+            Clash(
+                path=("hardware", "cap_gib"),
+                value=config.hardware.cap_gib,
+                allowed="null with hardware.device = cpu: the cap is on what PyTorch reserves on a GPU",
+                other="hardware.device",
+            )
+        )
+    if config.training.optimizer is OptimizerName.PAGED_ADAMW_8BIT:
+        clashes.append(
+            Clash(
+                path=("training", "optimizer"),
+                value=config.training.optimizer.value,
+                allowed="auto, adamw or adamw_8bit with hardware.device = cpu: pages move between a GPU and the RAM",
+                other="hardware.device",
+            )
+        )
+    return clashes

@@ -1,0 +1,202 @@
+"""`TrainingConfig`, the only thing a user writes, and its sections. Frozen, closed to unknown keys, checked when built.
+
+Built in Python, a wrong value raises pydantic's ValidationError, as Python users expect; configurations that come from
+files, presets and flags raise `ConfigError` (see `loading`). What needs the card or the model is checked where they are
+known, not here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from eightgig.config import method as training_method
+from eightgig.config.clash import raise_clashes
+from eightgig.config.enums import MixedPrecision, OptimizerName, TrainingMethod
+from eightgig.config.fields import (
+    Count,
+    CountOrZero,
+    FilePath,
+    Flag,
+    Fraction,
+    ImageSide,
+    LearningRate,
+    Pattern,
+    PositiveNumber,
+    Rank,
+    Section,
+    Seed,
+    Text,
+)
+from eightgig.config.rules import check_preset_name, contradictions
+
+SCHEMA_VERSION = 1
+
+
+class ModelConfig(Section):
+    """Which model is fine-tuned."""
+
+    name: Text = Field("llava-1.5-7b", description="registry name, local folder or hub id")
+    revision: Text | None = Field(None, description="branch, tag or commit on the hub; null = the default branch")
+    random_weights_seed: Seed | None = Field(
+        None, description="build the model with random weights from this seed instead of loading any; for benchmarks"
+    )
+
+
+class LoRAConfig(Section):
+    """The adapters."""
+
+    rank: Rank = Field(16, description="inner dimension of each adapter")
+    alpha: Count = Field(32, description="updates are scaled by alpha / rank")
+    dropout: Fraction = Field(0.0, description="share of adapter inputs dropped in training")
+    target_modules: Pattern | None = Field(
+        None,
+        description="regular expression that full module paths must match; null = the language model's linear layers",
+    )
+
+
+class QuantizationConfig(Section):
+    """How the frozen weights are stored."""
+
+    load_in_4bit: Flag = Field(True, description="store the language model's linear layers in 4 bits")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="the sixteen 4-bit values")
+    bnb_4bit_use_double_quant: Flag = Field(True, description="quantise the block scales too")
+    bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="type that 4-bit weights are unpacked to; auto = that of hardware.mixed_precision"
+    )
+
+
+class TrainingHyperparameters(Section):
+    """How the weights learn. `method`, `lora` and `quantization.load_in_4bit` follow from each other."""
+
+    method: TrainingMethod = Field(
+        TrainingMethod.QLORA,
+        description="qlora, lora or full; told from quantization.load_in_4bit and lora where it is not given",
+    )
+    batch_size: Count = Field(1, description="samples in one forward pass")
+    gradient_accumulation_steps: Count = Field(16, description="forward passes in one optimizer step")
+    num_epochs: Count = Field(3, description="passes over the training data")
+    max_steps: Count | None = Field(None, description="stop after this many optimizer steps; null = after num_epochs")
+    learning_rate: LearningRate = Field(2e-4, description="peak rate, reached after the warm-up")
+    weight_decay: Fraction = Field(0.0, description="decoupled decay of AdamW")
+    warmup_ratio: Fraction = Field(0.03, description="share of all steps in which the rate rises from 0")
+    lr_schedule: Literal["cosine", "constant"] = Field("cosine", description="what follows the warm-up")
+    max_grad_norm: PositiveNumber = Field(1.0, description="gradients are clipped to this norm")
+    optimizer: OptimizerName = Field(
+        OptimizerName.AUTO, description="auto = 8-bit AdamW on CUDA, PyTorch's AdamW on the CPU"
+    )
+    loss_chunk_tokens: Count = Field(1024, description="target positions whose logits exist at one time")
+    lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="the adapters; null = none")
+    quantization: QuantizationConfig = Field(
+        default_factory=QuantizationConfig, description="how the frozen weights are stored"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_method(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        raise_clashes(cls.__name__, training_method.contradictions_without_method(values))
+        return training_method.complete(values)
+
+    @model_validator(mode="after")
+    def _check_method(self) -> Self:
+        clashes = training_method.contradictions(
+            self.method, has_lora=self.lora is not None, load_in_4bit=self.quantization.load_in_4bit
+        )
+        raise_clashes(type(self).__name__, clashes)
+        return self
+
+
+class DataConfig(Section):
+    """What is learnt from."""
+
+    data_path: FilePath | None = Field(None, description="training data: a .json or .jsonl file, or a folder of images")
+    val_path: FilePath | None = Field(
+        None, description="validation data; null = hold out val_fraction of the training data"
+    )
+    image_root: FilePath | None = Field(
+        None, description="folder that relative image paths start from; null = the data file's folder"
+    )
+    max_length: Count = Field(512, description="longest text, in tokens; image tokens come on top and are never cut")
+    image_size: ImageSide | None = Field(
+        None, description="image side in px, a cap where sizes are dynamic; null = the model's own"
+    )
+    val_fraction: Fraction = Field(0.05, description="share held out for validation where val_path is null")
+    max_bad_fraction: Fraction = Field(0.01, description="share of unusable samples above which nothing is trained")
+    num_workers: CountOrZero = Field(2, description="processes that decode images; 0 = the training process itself")
+    worker_start_method: Literal["auto", "fork", "spawn", "forkserver"] = Field(
+        "auto", description="how those processes start; auto = the system's usual way"
+    )
+
+
+class HardwareConfig(Section):
+    """What the run computes on."""
+
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto = the GPU where there is one")
+    mixed_precision: MixedPrecision = Field(
+        MixedPrecision.BF16, description="type of the computation; what the device lacks is replaced, and said"
+    )
+    gradient_checkpointing: Flag = Field(True, description="recompute each layer in the backward pass to save memory")
+    cap_gib: PositiveNumber | None = Field(
+        None, description="limit of what PyTorch may reserve on the GPU, in GiB; null = the whole card"
+    )
+
+
+class ValidationConfig(Section):
+    """How often, and on what, the model is tested during the run."""
+
+    every_steps: Count | None = Field(50, description="validate every so many optimizer steps; null = only at the end")
+    max_samples: Count | None = Field(200, description="samples for the loss; null = all")
+    num_generated: CountOrZero = Field(8, description="samples that are answered and compared with the expected answer")
+    max_new_tokens: Count = Field(64, description="longest generated answer, in tokens")
+
+
+class CheckpointConfig(Section):
+    """What is kept on disk during the run."""
+
+    every_steps: Count = Field(50, description="write a checkpoint every so many optimizer steps")
+    keep_last: Count = Field(2, description="checkpoints kept beside the best one")
+
+
+class TrainingConfig(Section):
+    """All settings of one run."""
+
+    schema_version: Count = Field(SCHEMA_VERSION, description="version of this layout of settings")
+    preset: Text | None = Field(None, description="preset that the values come from, where not given otherwise")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="which model is fine-tuned")
+    training: TrainingHyperparameters = Field(
+        default_factory=TrainingHyperparameters, description="how the weights learn"
+    )
+    data: DataConfig = Field(default_factory=DataConfig, description="what is learnt from")
+    hardware: HardwareConfig = Field(default_factory=HardwareConfig, description="what the run computes on")
+    validation: ValidationConfig = Field(default_factory=ValidationConfig, description="when and on what to validate")
+    checkpoints: CheckpointConfig = Field(default_factory=CheckpointConfig, description="what is kept on disk")
+    output_dir: FilePath = Field(Path("runs"), description="folder in which each run gets a folder of its own")
+    seed: Seed = Field(42, description="of everything random: shuffling, hold-out, adapters, dropout")
+
+    @field_validator("schema_version")
+    @classmethod
+    def _check_schema_version(cls, version: int) -> int:
+        if version > SCHEMA_VERSION:
+            raise PydanticCustomError(
+                "schema_version",
+                "{known} at most: it was written by a newer EightGig; upgrade with `pip install -U eightgig`",
+                {"known": SCHEMA_VERSION},
+            )
+        return version
+
+    @field_validator("preset")
+    @classmethod
+    def _check_preset(cls, preset: str | None) -> str | None:
+        if preset is not None:
+            check_preset_name(preset)
+        return preset
+
+    @model_validator(mode="after")
+    def _check_sections(self) -> Self:
+        raise_clashes(type(self).__name__, contradictions(self))
+        return self
