@@ -104,16 +104,16 @@ def validated(values: dict[str, Any], label: str) -> TrainingConfig:
     the rest is checked again, until nothing more is found; what is said about a setting already reported is left out.
     """
     problems: list[Problem] = []
-    reported: set[str] = set()
+    reported: set[messages.Location] = set()
     while True:
         try:
             config = TrainingConfig.model_validate(values)
         except ValidationError as error:
-            fresh = messages.problems_of(error, without=reported)
+            fresh = messages.fresh_errors(error, reported)
             if not fresh:
                 break
-            problems += fresh
-            reported |= {problem.path for problem in fresh}
+            problems += [messages.problem(details) for details in fresh]
+            reported |= {details["loc"] for details in fresh}
             for details in error.errors(include_url=False):
                 layers.remove(values, details["loc"])
         else:

@@ -14,6 +14,8 @@ from eightgig.config.fields import UNKNOWN_KEY
 from eightgig.config.values import shown
 from eightgig.core.errors import Problem
 
+Location = tuple[str | int, ...]
+
 _OWN_ERRORS = (CLASH, "preset", "schema_version", "pattern", "blank")  # raised by this room: their text says it all
 
 # What other trainers call a setting of ours, where the nearest spelling would not find it.
@@ -42,30 +44,21 @@ _FOREIGN_NAMES = {
 }
 
 
-def problems_of(error: ValidationError, *, without: Collection[str] = ()) -> list[Problem]:
-    """One problem for each of pydantic's errors, in its order, less those about a path in `without`.
+def fresh_errors(error: ValidationError, reported: Collection[Location]) -> list[ErrorDetails]:
+    """Pydantic's errors in its order, less those about a location that was `reported` before.
 
-    A contradiction with such a path is left out as well: it may be gone once that setting is right.
+    A contradiction with such a location is left out as well: it may be gone once that setting is right.
     """
     return [
-        _problem(details)
+        details
         for details in error.errors(include_url=False)
-        if dotted(details["loc"]) not in without and _other_path(details) not in without
+        if details["loc"] not in reported and _other_location(details) not in reported
     ]
 
 
-def dotted(location: Iterable[str | int]) -> str:
-    """The path of a setting as the user writes it."""
-    return ".".join(str(part) for part in location)
-
-
-def _other_path(details: ErrorDetails) -> str | None:
-    """Dotted path of the other setting that a contradiction names; None for every other kind of error."""
-    return str(details["ctx"]["other"]) if details["type"] == CLASH else None
-
-
-def _problem(details: ErrorDetails) -> Problem:
-    path = dotted(details["loc"])
+def problem(details: ErrorDetails) -> Problem:
+    """What the user is told of one of pydantic's errors."""
+    path = _dotted(details["loc"])
     if details["type"] in _OWN_ERRORS:
         allowed = details["msg"]
     elif details["type"] == UNKNOWN_KEY:
@@ -75,9 +68,19 @@ def _problem(details: ErrorDetails) -> Problem:
     return Problem(path or "configuration", shown(details["input"]), allowed)
 
 
-def _unknown(location: tuple[str | int, ...]) -> str:
+def _dotted(location: Iterable[str | int]) -> str:
+    """The path of a setting as the user writes it."""
+    return ".".join(str(part) for part in location)
+
+
+def _other_location(details: ErrorDetails) -> Location | None:
+    """Where the other setting of a contradiction stands; None for every other kind of error."""
+    return tuple(str(details["ctx"]["other"]).split(".")) if details["type"] == CLASH else None
+
+
+def _unknown(location: Location) -> str:
     """That a key is unknown, and the one that was probably meant."""
-    section, key = dotted(location[:-1]), str(location[-1])
+    section, key = _dotted(location[:-1]), str(location[-1])
     if key in shape.all_paths():
         return "dots are for --set only; in a file the groups are nested, one key a level"
     nearest = _nearest_path(section, key)

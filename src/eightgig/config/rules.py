@@ -26,7 +26,7 @@ def check_preset_name(name: str) -> None:
 
 def preset_names_text(name: str) -> str:
     """What could stand instead of the unknown preset `name`: the nearest one first, then all."""
-    nearest = difflib.get_close_matches(name, PRESET_CARDS, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(name, PRESET_CARDS, n=1, cutoff=0.4)
     guess = f"did you mean {nearest[0]}? " if nearest else ""
     return f"{guess}one of {', '.join(PRESET_CARDS)}"
 
