@@ -48,6 +48,11 @@ class ModelFacts:
     image_px: int
 
 
+def base_model(model: Any) -> Any:
+    """The transformers model inside a PeftModel, or `model` itself: where the paths in `ModulePaths` start."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 class ModelFamily(ABC):
     """One family: all that differs from one VLM architecture to the next. Everything else treats models alike.
 
@@ -64,8 +69,10 @@ class ModelFamily(ABC):
     models: tuple[ModelFacts, ...]
 
     @abstractmethod
-    def facts_from_config(self, config: Any, *, name: str, folder: Path | None, hub_id: str | None) -> ModelFacts:
-        """Facts of a model that is not in the table, read off its transformers config."""
+    def facts_from_config(
+        self, config: Mapping[str, Any], *, name: str, folder: Path | None, hub_id: str | None
+    ) -> ModelFacts:
+        """Facts of a model that is not in the table, read off its config.json."""
 
     @abstractmethod
     def build_config(self, facts: ModelFacts) -> Any:
@@ -73,7 +80,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def build_processor(self, facts: ModelFacts) -> Any:
-        """A stand-in processor (right image sizes, token ids and template; a byte-level vocabulary) for random weights."""
+        """A stand-in processor for random weights: right sizes, token ids and template, a byte-level vocabulary."""
 
     @abstractmethod
     def check_image_px(self, facts: ModelFacts, image_px: int) -> None:
@@ -81,7 +88,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def num_image_tokens(self, facts: ModelFacts, image_px: int | None, *, width_px: int, height_px: int) -> int:
-        """Tokens that an image of `width_px` × `height_px` takes in the sequence, at the `image_size` setting `image_px`."""
+        """Tokens of an image of `width_px` × `height_px` in the sequence, at the `image_size` setting `image_px`."""
 
     @abstractmethod
     def apply_image_px(self, model: Any | None, processor: Any, image_px: int | None) -> None:
@@ -89,15 +96,19 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def expand_placeholders(self, processor: Any, image_inputs: Mapping[str, Any], num_images: int) -> Sequence[str]:
-        """For each image of one sample, the text that its placeholder becomes (as many image tokens as it has features)."""
+        """For each image of one sample, the text that its placeholder becomes: one image token a feature."""
 
     def hidden_states(self, model: Any, inputs: Mapping[str, Any]) -> Any:
         """Last hidden states, [batch, sequence, hidden], of the whole multimodal backbone, without the head."""
-        return model.model(**inputs, use_cache=False).last_hidden_state
+        return base_model(model).model(**inputs, use_cache=False).last_hidden_state
 
     def logits(self, model: Any, hidden: Any) -> Any:
         """Logits, [..., vocab], of `hidden` states [..., hidden]; families that cap or scale theirs override this."""
-        return model.lm_head(hidden)
+        return base_model(model).get_submodule(self.modules.lm_head)(hidden)
+
+    def decoder_layers(self, model: Any) -> Sequence[Any]:
+        """The language model's decoder layers, first to last: the unit of activation checkpointing."""
+        return list(base_model(model).get_submodule(self.modules.language_model).layers)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Levers on memory: each module changes the model or the process in one way."""
