@@ -1,0 +1,169 @@
+"""The pass over all samples before training: every image whole, every text with something to learn."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from eightgig.core.errors import DataError
+from eightgig.core.logging import get_logger
+from eightgig.data.encode import Encoder, TextMeasure
+from eightgig.data.images import check_image
+from eightgig.data.quarantine import Quarantine, SampleProblem
+from eightgig.data.sample import ImagePart, Sample
+from eightgig.data.sources import SampleSet
+
+_NUM_AHEAD = 64  # images being checked before their sample's turn comes; bounds what the pool holds in memory
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What the check found.
+
+    Attributes:
+        samples: the good samples, in their old order.
+        num_bad: samples of this set quarantined, by reading or by the check.
+        num_images: images in the good samples.
+        largest_image_px: width and height of the good image with the most pixels, None without images.
+        max_text_tokens: text tokens of the longest good sample, after cutting.
+        num_supervised_tokens: tokens of all good samples that the loss counts.
+        num_shortened_prompts: samples whose prompt text was cut; `num_cut_prompt_tokens` in all.
+        num_shortened_answers: samples whose answer was cut; `num_cut_answer_tokens` in all.
+        num_escaped: special tokens that texts spelled out, and that were broken up.
+    """
+
+    samples: tuple[Sample, ...]
+    num_bad: int
+    num_images: int
+    largest_image_px: tuple[int, int] | None
+    max_text_tokens: int
+    num_supervised_tokens: int
+    num_shortened_prompts: int
+    num_cut_prompt_tokens: int
+    num_shortened_answers: int
+    num_cut_answer_tokens: int
+    num_escaped: int
+
+
+def check_samples(
+    sample_set: SampleSet,
+    encoder: Encoder,
+    quarantine: Quarantine,
+    *,
+    max_bad_fraction: float,
+    num_threads: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> CheckReport:
+    """What can be trained on, with counts. Bad samples go to `quarantine`, which is written to its file.
+
+    Images are decoded by `num_threads` threads (default: one a core, at most 8), each file once however many samples
+    show it. `on_progress` is called with samples done and samples in all.
+
+    Raises:
+        DataError: more than `max_bad_fraction` of the records are bad, or none is good.
+    """
+    num_before = len(quarantine) - sample_set.num_bad
+    num_threads = num_threads or min(os.cpu_count() or 1, 8)
+    good: list[Sample] = []
+    measures: list[TextMeasure] = []
+    sizes: list[tuple[int, int]] = []
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="image-check") as pool:
+        for done, (sample, image_results) in enumerate(_with_image_results(sample_set.samples, pool), start=1):
+            try:
+                sample_sizes = [_size_or_raise(result) for result in image_results]
+                measures.append(encoder.measure(sample))
+                good.append(sample)
+                sizes += sample_sizes
+            except SampleProblem as problem:
+                quarantine.add(sample.source, sample.sample_id, problem)
+            if on_progress is not None:
+                on_progress(done, len(sample_set.samples))
+    quarantine.write()
+    num_bad = len(quarantine) - num_before
+    _refuse_too_many_bad(quarantine, num_before, num_bad + len(good), max_bad_fraction)
+    return CheckReport(
+        samples=tuple(good),
+        num_bad=num_bad,
+        num_images=len(sizes),
+        largest_image_px=max(sizes, key=lambda size: size[0] * size[1], default=None),
+        max_text_tokens=max(measure.num_text_tokens for measure in measures),
+        num_supervised_tokens=sum(measure.num_supervised_tokens for measure in measures),
+        num_shortened_prompts=sum(measure.num_cut_prompt_tokens > 0 for measure in measures),
+        num_cut_prompt_tokens=sum(measure.num_cut_prompt_tokens for measure in measures),
+        num_shortened_answers=sum(measure.num_cut_answer_tokens > 0 for measure in measures),
+        num_cut_answer_tokens=sum(measure.num_cut_answer_tokens for measure in measures),
+        num_escaped=sum(measure.num_escaped for measure in measures),
+    )
+
+
+_ImageResult = tuple[int, int] | SampleProblem
+
+
+def _with_image_results(
+    samples: Sequence[Sample], pool: ThreadPoolExecutor
+) -> Iterator[tuple[Sample, list[_ImageResult]]]:
+    """Each sample with what was found of its images, in order; the pool works ahead of what is asked for."""
+    known: dict[ImagePart, _ImageResult] = {}
+    pending: dict[ImagePart, Future[_ImageResult]] = {}
+    ahead = iter(samples)
+    for sample in itertools.islice(ahead, _NUM_AHEAD):
+        _submit(sample, pool, known, pending)
+    for sample in samples:
+        for next_sample in itertools.islice(ahead, 1):
+            _submit(next_sample, pool, known, pending)
+        for part in sample.images:
+            if part in pending:
+                known[part] = pending.pop(part).result()
+        yield sample, [known[part] for part in sample.images]
+        for part in sample.images:
+            if part.data is not None:
+                known.pop(part, None)  # keeping it would keep its bytes
+
+
+def _submit(
+    sample: Sample,
+    pool: ThreadPoolExecutor,
+    known: Mapping[ImagePart, _ImageResult],
+    pending: dict[ImagePart, Future[_ImageResult]],
+) -> None:
+    """Have the pool examine those images of `sample` that it has not been given yet."""
+    for part in sample.images:
+        if part not in known and part not in pending:
+            pending[part] = pool.submit(_examine, part)
+
+
+def _examine(part: ImagePart) -> _ImageResult:
+    try:
+        return check_image(part)
+    except SampleProblem as problem:
+        return problem
+
+
+def _size_or_raise(result: _ImageResult) -> tuple[int, int]:
+    if isinstance(result, SampleProblem):
+        raise result
+    return result
+
+
+def _refuse_too_many_bad(quarantine: Quarantine, since: int, num_records: int, max_bad_fraction: float) -> None:
+    """Raise DataError if too large a share of the records from quarantine index `since` on is bad."""
+    num_bad = len(quarantine) - since
+    if num_bad < num_records and num_bad <= max_bad_fraction * num_records:
+        if num_bad:
+            logger.warning("%d of %d samples set aside, see %s", num_bad, num_records, quarantine.path)
+        return
+    reasons = "".join(
+        f"\n  - {code}: {count} samples, e.g. {first.where}: {first.reason}"
+        for code, count, first in quarantine.commonest(3, since=since)
+    )
+    raise DataError(
+        f"{num_bad} of {num_records} samples ({100 * num_bad / max(num_records, 1):.1f} %) can't be used; "
+        f"the commonest reasons:{reasons}",
+        expected=f"at most {100 * max_bad_fraction:g} % bad samples (data.max_bad_fraction = {max_bad_fraction:g})",
+        next_step=f"correct the samples listed in {quarantine.path}, or raise data.max_bad_fraction to go on without",
+    )

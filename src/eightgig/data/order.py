@@ -1,0 +1,45 @@
+"""Which samples each optimizer step sees: a pure function of the step, so that resuming needs no replay."""
+
+from __future__ import annotations
+
+import torch
+
+from eightgig.core.seeds import derive_seed
+
+
+class StepOrder:
+    """The order of `num_samples` samples over all optimizer steps.
+
+    Each epoch is a permutation of its own, seeded by run seed and epoch. Nothing is dropped: the last step of an epoch
+    holds what is left, and may have fewer and smaller micro-batches.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, accumulation: int, seed: int) -> None:
+        if min(num_samples, batch_size, accumulation) < 1:
+            raise ValueError(f"all must be at least 1: {num_samples=}, {batch_size=}, {accumulation=}")
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.seed = seed
+        self._epoch_in_hand: tuple[int, list[int]] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps that see every sample once."""
+        return -(-self.num_samples // (self.batch_size * self.accumulation))
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """Sample indices of each micro-batch of optimizer step `step` (0-based)."""
+        if step < 0:
+            raise ValueError(f"steps count from 0, not {step}")
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        samples_per_step = self.batch_size * self.accumulation
+        first = step_in_epoch * samples_per_step
+        indices = self._permutation(epoch)[first : first + samples_per_step]
+        return [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if self._epoch_in_hand is None or self._epoch_in_hand[0] != epoch:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "sample order", epoch))
+            self._epoch_in_hand = (epoch, torch.randperm(self.num_samples, generator=generator).tolist())
+        return self._epoch_in_hand[1]

@@ -1,0 +1,201 @@
+"""From a path the user gave to samples: a data file, a folder of data files, or a folder of captioned images."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eightgig.core.errors import DataError
+from eightgig.core.logging import get_logger
+from eightgig.data.folder import METADATA_NAMES, captioned_images, metadata_file
+from eightgig.data.formats import FORMATS, detect_format, flat
+from eightgig.data.formats.record import RecordFormat, shown
+from eightgig.data.quarantine import ProblemCode, Quarantine, SampleProblem
+from eightgig.data.records import Record, decode_text, read_csv_records, read_json_records
+from eightgig.data.sample import Sample, SourceRef
+
+DATA_SUFFIXES = (".json", ".jsonl")
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """What was read from one file (or from one folder of captioned images).
+
+    Attributes:
+        path: the file or folder.
+        shape: name of the shape its records have.
+        sha256: of the file's content; for a captioned folder, of its image names and captions.
+    """
+
+    path: Path
+    shape: str
+    sha256: str
+    num_records: int
+    num_bad: int
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """All samples that could be read, in the order of the files.
+
+    Attributes:
+        samples: what can be used, as far as reading the data file tells.
+        num_bad: records that were quarantined while reading.
+        manifest: one entry a file read; equal manifests mean equal data files.
+    """
+
+    samples: tuple[Sample, ...]
+    num_bad: int
+    manifest: tuple[SourceFile, ...]
+
+
+def load_samples(path: Path, image_root: Path | None, quarantine: Quarantine) -> SampleSet:
+    """The samples of `path`: a JSON or JSONL file, or a folder of data files or of captioned images.
+
+    Relative image paths lie below `image_root`, or below the data file's own folder when it is None.
+    No image is opened here. Records that can't be used go to `quarantine`.
+
+    Raises:
+        DataError: there is no such path, nothing in it, a file that can't be read, or a file of no known shape.
+    """
+    if not path.exists():
+        raise DataError(
+            f"{path} does not exist{_nearest(path)}",
+            expected="a .json or .jsonl file, or a folder of data files or captioned images",
+            next_step="check the path; `data.data_path` is taken from the folder you are in",
+        )
+    reader = _Reader(image_root, quarantine)
+    if path.is_file():
+        reader.read_file(path, read_csv_records if path.suffix.lower() == ".csv" else read_json_records)
+    else:
+        reader.read_folder(path)
+    return SampleSet(tuple(reader.samples), sum(file.num_bad for file in reader.manifest), tuple(reader.manifest))
+
+
+class _Reader:
+    """Gathers samples over the files of one data set."""
+
+    def __init__(self, image_root: Path | None, quarantine: Quarantine) -> None:
+        self._image_root = image_root
+        self._quarantine = quarantine
+        self.samples: list[Sample] = []
+        self.manifest: list[SourceFile] = []
+
+    def read_folder(self, folder: Path) -> None:
+        """Read a metadata file if there is one, else the data files, else the images with their captions."""
+        metadata = metadata_file(folder)
+        if metadata is not None:
+            self.read_file(metadata, read_csv_records if metadata.suffix == ".csv" else read_json_records, flat.FORMAT)
+            return
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in DATA_SUFFIXES and file.is_file())
+        for file in files:
+            self.read_file(file, read_json_records)
+        if not files:
+            self._read_captioned(folder)
+
+    def read_file(self, path: Path, read: Any, shape: RecordFormat | None = None) -> None:
+        """Read one file whose records have `shape`, or the shape that its first fitting record shows."""
+        content = _read_bytes(path)
+        records: list[Record] = read(decode_text(content, path), path)
+        if shape is None:
+            shape = _file_format(path, records)
+        root = self._image_root if self._image_root is not None else path.parent
+        num_bad_before = len(self._quarantine)
+        for record in records:
+            source = SourceRef(path, record.line)
+            fields = record.value if isinstance(record.value, dict) else {}
+            sample_id = str(fields.get("id", f"{path.name}:{record.line}"))
+            try:
+                self.samples.append(Sample(sample_id, _parse(record, shape, root), source))
+            except SampleProblem as problem:
+                self._quarantine.add(source, sample_id, problem)
+        num_bad = len(self._quarantine) - num_bad_before
+        digest = hashlib.sha256(content).hexdigest()
+        self.manifest.append(SourceFile(path, shape.name, digest, len(records), num_bad))
+        logger.info("%s: %d records, %s shape, %d bad", path, len(records), shape.name, num_bad)
+
+    def _read_captioned(self, folder: Path) -> None:
+        digest = hashlib.sha256()
+        num_bad_before = len(self._quarantine)
+        num_images = 0
+        for image, caption in captioned_images(folder):
+            num_images += 1
+            source, sample_id = SourceRef(image, 0), image.relative_to(folder).as_posix()
+            digest.update(f"{sample_id}\0{caption}\0".encode())
+            try:
+                if caption is None:
+                    raise SampleProblem(ProblemCode.MISSING_CAPTION, f"no {image.stem}.txt beside the image")
+                messages = flat.FORMAT.parse({"image": str(image.absolute()), "caption": caption}, folder)
+            except SampleProblem as problem:
+                self._quarantine.add(source, sample_id, problem)
+                continue
+            self.samples.append(Sample(sample_id, messages, source))
+        num_bad = len(self._quarantine) - num_bad_before
+        if num_images == num_bad:
+            raise DataError(
+                f"{folder} holds {num_images} images and no caption for any of them, and no data file",
+                expected=f"images with .txt files of the same name, or {' or '.join(METADATA_NAMES)}, or .json/.jsonl",
+                next_step="add the captions, or give the path of the data file itself",
+            )
+        self.manifest.append(SourceFile(folder, "captioned images", digest.hexdigest(), num_images, num_bad))
+
+
+def _parse(record: Record, shape: RecordFormat, root: Path) -> Any:
+    """The conversation of one record of a file whose records have `shape`. Raises SampleProblem."""
+    if isinstance(record.value, SampleProblem):
+        raise record.value
+    if not shape.matches(record.value):
+        raise SampleProblem(
+            ProblemCode.WRONG_SHAPE,
+            f"the file has the {shape.name} shape ({shape.keys}), but this record has the keys {_keys(record.value)}",
+        )
+    return shape.parse(record.value, root)
+
+
+def _file_format(path: Path, records: Iterable[Record]) -> RecordFormat:
+    """The shape of the first record that has a known one. Raises DataError."""
+    objects = [record.value for record in records if isinstance(record.value, dict)]
+    found = next((shape for shape in map(detect_format, objects) if shape is not None), None)
+    if found is not None:
+        return found
+    known = "; ".join(f"{shape.name}: {shape.keys}" for shape in FORMATS)
+    if not objects:
+        raise DataError(
+            f"{path} holds no record that could be read",
+            expected=f"a JSON list or one JSON object a line, in one of the shapes {known}",
+            next_step="look into the file; docs/guides/data-formats.md shows each shape",
+        )
+    raise DataError(
+        f"{path} has no known shape: its first record has the keys {_keys(objects[0])}",
+        expected=f"one of {known}",
+        next_step="rename the keys to those of a known shape; docs/guides/data-formats.md shows each",
+    )
+
+
+def _keys(record: Mapping[str, Any]) -> str:
+    return ", ".join(shown(key) for key in list(record)[:12]) or "(none)"
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path} can't be read: {error.strerror}",
+            expected="a file that you may read",
+            next_step="check the file's permissions and the disk",
+        ) from error
+
+
+def _nearest(path: Path) -> str:
+    """A hint at the file that was probably meant."""
+    if not path.parent.is_dir():
+        return f", and neither does its folder {path.parent}"
+    names: Sequence[str] = difflib.get_close_matches(path.name, [item.name for item in path.parent.iterdir()], n=1)
+    return f"; there is {path.parent / names[0]}" if names else ""
