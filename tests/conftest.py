@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
+
+# `--import-mode=importlib` puts no folder on the path: this lets each room's tests import `tiny`, or `tests.tiny`.
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 # Before any test module imports transformers, which reads these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
