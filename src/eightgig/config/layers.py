@@ -11,6 +11,7 @@ from eightgig.config.preset_cards import PresetCard
 
 KeyPath = tuple[str, ...]
 
+_MAX_DEPTH = 4  # no setting lies deeper; what does, however deep, is reported as one wrong value
 _ABSENT = object()
 _METHOD = tuple(METHOD_PATH.split("."))
 _LOAD_IN_4BIT = tuple(LOAD_IN_4BIT_PATH.split("."))
@@ -107,7 +108,7 @@ def _released(lower: Mapping[Any, Any], upper: Mapping[Any, Any]) -> list[KeyPat
 
 def _leaves(value: Any, prefix: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
     """Path and value of everything in `value` that is no group of settings, and of empty groups."""
-    if not isinstance(value, Mapping) or not value:
+    if not isinstance(value, Mapping) or not value or len(prefix) == _MAX_DEPTH:
         yield prefix, value
         return
     for key, child in value.items():

@@ -89,8 +89,10 @@ def _parse_json(text: str) -> Any:
         return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         raise BrokenText(_broken(text, error.lineno - 1, f"no valid JSON: {error.msg}")) from error
-    except RecursionError as error:
-        raise BrokenText(_broken(text, 0, "no valid JSON: nested too deeply")) from error
+    except BrokenText:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise BrokenText(_broken(text, 0, f"no valid JSON: {error}")) from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -20,9 +21,10 @@ def shown(value: Any) -> str:
     elif value is None or isinstance(value, bool | str):
         text = json.dumps(value, ensure_ascii=False)
     elif isinstance(value, Mapping):
-        text = "{" + ", ".join(f"{key}: {shown(item)}" for key, item in value.items()) + "}"
+        items = (f"{key}: {'{…}' if isinstance(item, Mapping) else shown(item)}" for key, item in value.items())
+        text = "{" + ", ".join(items) + "}"
     else:
-        text = repr(value)
+        text = repr(value) if isinstance(value, int | float) else reprlib.repr(value)  # lists of any depth
     return text if len(text) <= _MAX_SHOWN_CHARACTERS else text[: _MAX_SHOWN_CHARACTERS - 1] + "…"
 
 
