@@ -172,7 +172,9 @@ def setting_sections(records: RunRecords) -> list[tuple[str, list[SettingRow]]]:
     for path, value in _flatten(records.config):
         section, _, name = path.partition(".")
         source = _source_of(path, records.sources)
-        row = SettingRow(name or section, _setting_text(value), source, source in ("default", ""))
+        row = SettingRow(
+            name or section, _setting_text(value), source, source in ("default", "") or source.startswith("follows ")
+        )
         sections.setdefault(section if name else "general", []).append(row)
     return list(sections.items())
 

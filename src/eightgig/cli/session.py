@@ -1,0 +1,60 @@
+"""What one call of the command knows about itself: whether to show tracebacks, and which run it is in."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from eightgig.core.logging import ROOT_LOGGER
+
+
+@dataclass
+class Session:
+    """Set by the options and by the verb as it goes; read by `entry` when something goes wrong.
+
+    Attributes:
+        debug: show the traceback of an unexpected error, and the package's own log.
+        run_folder: the run that is being trained, once it has a folder.
+    """
+
+    debug: bool = False
+    run_folder: Path | None = None
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that speaks for all: the only one, or the first that `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class Stopped(Exception):
+    """The user pressed Ctrl-C during a run."""
+
+
+def session_of(context: typer.Context) -> Session:
+    """The session of this call."""
+    return context.ensure_object(Session)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Turn Ctrl-C inside the block into `Stopped`, which Typer lets through, so that `entry` can say how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Stopped from error
+
+
+def start_logging(*, debug: bool) -> None:
+    """Send the package's log to stderr: warnings, and everything with `debug`."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s" if debug else "%(message)s"))
+    logger = logging.getLogger(ROOT_LOGGER)
+    logger.handlers = [handler]
+    logger.setLevel(logging.DEBUG if debug else logging.WARNING)

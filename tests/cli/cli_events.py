@@ -1,0 +1,124 @@
+"""Events of a run, and a stand-in for the functions of `app`, for the tests of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import eightgig.app
+from eightgig.cli.entry import run_command
+from eightgig.train.events import RunOutcome, RunStart
+
+RECEIPT_ROWS: tuple[dict[str, Any], ...] = (
+    {"group": "language model linears", "modules": "224 Linear4bit", "num_parameters": 6_476_005_376}
+    | {"dtype": "uint8", "is_4bit": True, "bytes_16bit": 12_952_010_752, "bytes_now": 3_339_190_272},
+    {"group": "vision tower", "modules": "145 Linear", "num_parameters": 303_507_456}
+    | {"dtype": "torch.bfloat16", "is_4bit": False, "bytes_16bit": 607_014_912, "bytes_now": 607_014_912},
+)
+RECEIPT: dict[str, Any] = {
+    "model": "llava-1.5-7b",
+    "quantization": "nf4, double quantisation",
+    "rows": list(RECEIPT_ROWS),
+    "total_bytes_16bit": 13_559_025_664,
+    "total_bytes_now": 3_946_205_184,
+}
+GENERATIONS: tuple[dict[str, Any], ...] = (
+    {"step": 50, "sample_id": "a", "images": [], "question": "How tall is bar 3?", "expected": "7"}
+    | {"answer": "7", "correct": True},
+    {"step": 50, "sample_id": "b", "images": [], "question": "Which [red] bar is\nthe tallest of all those seen here?"}
+    | {"expected": "the first one from the left", "answer": "a blue circle\nand a square", "correct": False},
+)
+
+
+def run_start(folder: Path, **changes: Any) -> RunStart:
+    """A run that is about to begin."""
+    facts: dict[str, Any] = {
+        "run_folder": folder,
+        "model": "llava-1.5-7b",
+        "method": "qlora",
+        "device": "cuda",
+        "precision_note": None,
+        "steps_planned": 400,
+        "first_step": 1,
+        "num_train_samples": 6400,
+        "num_validation_samples": 200,
+        "num_quarantined": 0,
+        "num_cut_samples": 0,
+        "num_trainable_parameters": 19_988_480,
+        "num_parameters": 7_063_427_072,
+        "receipt_rows": RECEIPT_ROWS,
+    }
+    return RunStart(**facts | changes)
+
+
+def step_event(step: int, **changes: Any) -> dict[str, Any]:
+    """An optimizer step, as a listener hears of it."""
+    return {
+        "kind": "step",
+        "step": step,
+        "epoch": step / 200,
+        "loss": 0.43125,
+        "learning_rate": 1.8e-4,
+        "grad_norm": 0.8215,
+        "skipped": False,
+        "step_s": 9.1,
+        "data_wait_s": 0.455,
+        "tokens_per_s": 3516.48,
+        "images_per_s": 3.516,
+        "memory_now_bytes": 4_900_000_000,
+        "memory_peak_bytes": 5_600_000_000,
+        "eta_s": 725.0,
+        "steps_planned": 400,
+    } | changes
+
+
+VALIDATION = {"kind": "validation", "step": 50, "loss": 1.0725, "exact_match": 0.25, "num_generated": 8} | {
+    "validation_s": 21.5
+}
+
+
+def run_outcome(folder: Path, **changes: Any) -> RunOutcome:
+    """What a finished run ended with."""
+    facts: dict[str, Any] = {
+        "run_folder": folder,
+        "adapter_folder": folder / "adapter",
+        "report_path": folder / "report.html",
+        "steps_done": 400,
+        "status": "finished",
+        "train_s": 1834.2,
+        "final_loss": 0.15378,
+        "exact_match_before": 0.0,
+        "exact_match_after": 0.875,
+        "verification": {"ok": True, "max_abs_difference": 0.0125},
+        "peak": {"peak_reserved_bytes": 5_800_000_000, "host_peak_rss_bytes": 2_100_000_000},
+    }
+    return RunOutcome(**facts | changes)
+
+
+class Calls:
+    """Puts functions of its own in the place of `app`'s, and keeps what they were called with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+        self.arguments: dict[str, Any] = {}
+
+    def answer(self, module: str, name: str, act: Callable[..., Any]) -> None:
+        """Let `eightgig.app.MODULE.NAME` call `act` with the keyword arguments that it gets."""
+
+        def function(*positional: Any, **named: Any) -> Any:
+            self.arguments = {"positional": positional, **named}
+            return act(**named)
+
+        self._monkeypatch.setattr(eightgig.app, module, SimpleNamespace(**{name: function}), raising=False)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command with `arguments`."""
+    capsys.readouterr()
+    code = run_command(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
