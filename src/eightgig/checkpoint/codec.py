@@ -51,4 +51,3 @@ def from_json_and_tensors(encoded: Any, tensors: Mapping[str, Tensor]) -> Any:
             return tuple(from_json_and_tensors(item, tensors) for item in encoded[_TUPLE])
         return {key: from_json_and_tensors(item, tensors) for key, item in encoded[_MAP]}
     return encoded
-

@@ -4,7 +4,7 @@ step-00000050/
 ├── manifest.json          format, step, fingerprint of run, and the size and SHA-256 of every other file
 ├── state.json             optimizer, schedule, scaler and generators: what JSON can hold
 ├── state.safetensors      … and their tensors
-└── adapter/               as PEFT writes it, so that any tool can load it (`trainable.safetensors` for full fine-tuning)
+└── adapter/               as PEFT writes it, for any tool to load (`trainable.safetensors` for full fine-tuning)
 """
 
 from __future__ import annotations

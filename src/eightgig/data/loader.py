@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from eightgig.core.errors import DataError, EnvironmentProblem
@@ -97,6 +98,8 @@ class StepLoader:
             num_workers=num_workers,
             multiprocessing_context=_start_context(self._workers.start_method) if num_workers else None,
             pin_memory=self._workers.pin_memory,
+            # Its own: torch draws the workers' seed, and from the global one that would shift a resumed run's dropout.
+            generator=torch.Generator(),
         )
 
     def sample_lists(self) -> Iterator[list[Sample]]:

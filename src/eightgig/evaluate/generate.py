@@ -12,7 +12,7 @@ import torch
 from eightgig.data.batch import EncodedSample
 from eightgig.data.collate import collate
 from eightgig.data.encode import Encoder
-from eightgig.data.sample import Message, Sample
+from eightgig.data.sample import Message, Sample, images_of
 from eightgig.evaluate.metrics import exact_match
 from eightgig.step.step import Compute
 
@@ -59,7 +59,7 @@ def generate_answers(
     return [
         Generation(
             sample_id=sample.sample_id,
-            images=sample.image_names,
+            images=tuple(str(image) for image in images_of(messages)),
             question="\n".join(message.text for message in messages if message.role == "user"),
             expected=expected,
             answer=answers[index],

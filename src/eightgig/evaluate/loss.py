@@ -19,7 +19,7 @@ def validation_loss(
     compute: Compute,
     sum_over_processes: SumOverProcesses | None = None,
 ) -> float:
-    """Mean -log p over all target tokens of `batches` (and of those of the other processes); leaves the mode as found."""
+    """Mean -log p over all target tokens of `batches` and of other processes; leaves the mode as found."""
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)

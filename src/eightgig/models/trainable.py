@@ -1,4 +1,4 @@
-"""The weights that learn: named, saved and put back. PEFT's own files for adapters, one safetensors file otherwise."""
+"""The weights that learn, saved and put back. PEFT's own files for adapters, one safetensors file otherwise."""
 
 from __future__ import annotations
 
@@ -18,11 +18,19 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in sorted(model.named_parameters()) if value.requires_grad}
 
 
+def write_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter into `folder` as PEFT lays it out.
+
+    adapter_config.json names the base model as it was loaded: a hub id, or the path of a folder.
+    """
+    # The embeddings never change here, and asking the hub whether they did would need a network.
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+
+
 def save_trainable(model: nn.Module, folder: Path) -> None:
     """Write what learns below `folder`: `adapter/` as PEFT writes it, or `trainable.safetensors` without adapters."""
     if isinstance(model, PeftModel):
-        # The embeddings never change here, and asking the hub whether they did would need a network.
-        model.save_pretrained(str(folder / ADAPTER_FOLDER), safe_serialization=True, save_embedding_layers=False)
+        write_adapter(model, folder / ADAPTER_FOLDER)
         return
     weights = {name: value.detach().to("cpu", copy=True) for name, value in trainable_parameters(model).items()}
     save_file(weights, folder / FULL_WEIGHTS)

@@ -1,7 +1,7 @@
 """Cross-entropy on the target positions only, a chunk of them at a time, so that full logits never exist.
 
-With 32,064 logits in fp32 a row of 1,088 tokens would take 133 MiB four times over (logits, their fp32 copy, log-softmax
-and gradient); a prompt and its image usually make up nine tenths of those rows and have no loss at all.
+With 32,064 logits in fp32 a row of 1,088 tokens would take 133 MiB several times over (logits, their fp32 copy,
+log-softmax and gradient), and most of those rows are prompt and image, where there is no loss at all.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def target_loss_sum(hidden: Tensor, targets: Targets, head: Head, *, chunk_token
     """
     selected = hidden.flatten(0, 1).index_select(0, targets.positions)
     total = selected.new_zeros((), dtype=torch.float32)
-    for states, tokens in zip(selected.split(chunk_tokens), targets.tokens.split(chunk_tokens), strict=True):
+    state_chunks, token_chunks = torch.split(selected, chunk_tokens), torch.split(targets.tokens, chunk_tokens)
+    for states, tokens in zip(state_chunks, token_chunks, strict=True):
         if states.requires_grad:
             chunk = checkpoint(_chunk_loss_sum, states, tokens, head, use_reentrant=False, preserve_rng_state=False)
         else:

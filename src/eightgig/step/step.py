@@ -46,13 +46,12 @@ def batch_loss_sum(model: nn.Module, family: ModelFamily, batch: MicroBatch, com
     """Sum of -log p over the target tokens of `batch`, an fp32 scalar; the forward pass of training and validation."""
     targets = Targets.from_labels(batch.labels).to(compute.device)
     moved = batch.to(compute.device, compute.input_dtype)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     with compute.autocast():
-        hidden = family.hidden_states(base, moved.model_inputs)
+        hidden = family.hidden_states(model, moved.model_inputs)
         return target_loss_sum(
             hidden,
             targets,
-            lambda states: family.logits(base, states),
+            lambda states: family.logits(model, states),
             chunk_tokens=compute.loss_chunk_tokens,
         )
 
@@ -66,19 +65,6 @@ class StepResult:
     """
 
     loss: Tensor
-
-
-@dataclass(frozen=True)
-class UpdateResult:
-    """What the update did.
-
-    Attributes:
-        grad_norm: L2 norm of all gradients before clipping.
-        skipped: True where a gradient was not finite, so that no parameter moved.
-    """
-
-    grad_norm: float
-    skipped: bool
 
 
 @dataclass
@@ -104,37 +90,43 @@ class TrainingStep:
     def __call__(self, micro_batches: Iterable[MicroBatch], num_target_tokens_total: int) -> StepResult:
         """Accumulate the gradient of the mean loss over `num_target_tokens_total` tokens (those of all processes).
 
-        Dividing by the tokens of the whole step, not batch by batch, makes 1 × 32 equal to 32 × 1: a mean of means would
-        weigh the tokens of short answers more.
+        Dividing by the tokens of the whole step, not batch by batch, makes 1 × 32 equal to 32 × 1: a mean of means
+        would weigh the tokens of short answers more.
         """
         self.model.train()
         total = torch.zeros((), device=self.compute.device)
         for batch in micro_batches:
             loss = batch_loss_sum(self.model, self.family, batch, self.compute) / num_target_tokens_total
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
             total = total + loss.detach()
         if self.sum_over_processes is not None:
             total = self.sum_over_processes(total)
         return StepResult(total)
 
-    def update(self) -> UpdateResult:
-        """Sum the gradients over processes, unscale, clip, apply the optimizer and advance the schedule."""
+    def finish_gradients(self) -> float:
+        """Sum the gradients over processes, unscale and clip them; returns their L2 norm before clipping."""
         parameters = list(self.trainable.values())
         if self.sum_over_processes is not None:
             self._reduce_gradients(parameters)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
-        skipped = not math.isfinite(grad_norm)
+        return float(nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+
+    def apply(self, grad_norm: float) -> bool:
+        """Apply the optimizer to finished gradients and advance the schedule.
+
+        Returns False where `grad_norm` is not finite, so that no parameter moved. Such a step still counts in the
+        schedule: the step number, not the history, decides the learning rate.
+        """
+        is_applied = math.isfinite(grad_norm)
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        elif not skipped:
+        elif is_applied:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        # A skipped step still counts in the schedule: the step number, not the history, decides the learning rate.
         self.scheduler.step()
-        return UpdateResult(grad_norm, skipped)
+        return is_applied
 
     def _reduce_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Add up gradients in one flat buffer: adapters are small, and one call beats hundreds."""
@@ -144,5 +136,6 @@ class TrainingStep:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flat = self.sum_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        parts = torch.split(flat, [gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))

@@ -35,7 +35,7 @@ class RunOutcome:
     Attributes:
         status: "finished", or "dry run".
         final_loss: training loss of the last step, None after a dry run.
-        exact_match_before: share of the fixed validation sample answered exactly before training, None if none was asked.
+        exact_match_before: share of the fixed validation samples answered exactly before training, None if not asked.
         exact_match_after: the same after training.
         verification: what the fresh process found when it loaded the saved adapter; None if nothing was saved.
         peak: the run's memory record (memory.json).
@@ -74,3 +74,25 @@ class TrainingListener(Protocol):
 
     def on_finish(self, outcome: RunOutcome) -> None:
         """The run is over and its files are written."""
+
+
+class SilentListener:
+    """Listens and says nothing: for all processes but the main one, and for callers who only want the outcome."""
+
+    def on_message(self, text: str) -> None:
+        """Ignore it."""
+
+    def on_start(self, start: RunStart) -> None:
+        """Ignore it."""
+
+    def on_step(self, record: Mapping[str, Any]) -> None:
+        """Ignore it."""
+
+    def on_validation(self, record: Mapping[str, Any], generations: Sequence[Mapping[str, Any]]) -> None:
+        """Ignore it."""
+
+    def on_checkpoint(self, path: Path, reason: str) -> None:
+        """Ignore it."""
+
+    def on_finish(self, outcome: RunOutcome) -> None:
+        """Ignore it."""

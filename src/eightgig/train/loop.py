@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 
@@ -15,20 +15,9 @@ from eightgig.models.adapters import check_gradients
 from eightgig.train.journal import Journal
 from eightgig.train.run import Run
 from eightgig.train.saving import Saver
-from eightgig.train.validation import ValidationResult, Validator
+from eightgig.train.validation import Validator
 
 ETA_SMOOTHING = 0.9  # share of the old estimate kept at each step
-
-
-@dataclass(frozen=True)
-class LoopOutcome:
-    """What the loop ended with; validation results are None where the run has none of that kind."""
-
-    steps_done: int
-    train_s: float
-    final_loss: float | None
-    before: ValidationResult | None
-    after: ValidationResult | None
 
 
 class TrainingLoop:
@@ -40,30 +29,33 @@ class TrainingLoop:
         self.validate = validator
         self.saver = saver
         self._seconds_per_step: float | None = None
+        self._gradients_checked = False
 
-    def train(self, batches: Iterator[list[MicroBatch]], *, steps_done: int) -> LoopOutcome:
-        """Do all steps after `steps_done` (0 = a new run); `batches` gives this process's micro-batches of each."""
+    def train(self, batches: Iterator[list[MicroBatch]], *, steps_done: int) -> None:
+        """Do all steps after `steps_done` (0 = a new run); `batches` gives this process's micro-batches of each.
+
+        Raises:
+            DoesNotFit: the GPU ran out of memory.
+            EnvironmentProblem: the first gradients are not where they should be.
+        """
         run = self.run
-        before = self.validate(0) if steps_done == 0 else None
-        started = time.perf_counter()
-        final_loss, after = None, None
+        if steps_done == 0:
+            self.validate(0)
         for step in range(steps_done + 1, run.num_steps + 1):
-            final_loss = self._step_or_explain(step, batches, is_first=step == steps_done + 1)
+            self._step_or_explain(step, batches)
             is_last = step == run.num_steps
             is_best = False
             if is_last or _is_due(step, run.config.validation.every_steps):
-                after = self.validate(step)
-                is_best = after is not None and self.saver.is_best(step, after.loss)
+                loss = self.validate(step)
+                is_best = loss is not None and self.saver.is_best(step, loss)
             if is_last or is_best or _is_due(step, run.config.checkpoints.every_steps):
                 self.saver.save(step, reason="lowest validation loss so far" if is_best else "regular")
-        train_s = time.perf_counter() - started
         self.journal.close()
-        return LoopOutcome(run.num_steps, train_s, final_loss, before, after)
 
-    def _step_or_explain(self, step: int, batches: Iterator[list[MicroBatch]], *, is_first: bool) -> float:
+    def _step_or_explain(self, step: int, batches: Iterator[list[MicroBatch]]) -> None:
         try:
             with self.run.meter.phase("train"):
-                return self._step(step, batches, is_first=is_first)
+                self._step(step, batches)
         except torch.OutOfMemoryError as error:
             raise DoesNotFit(
                 f"the GPU ran out of memory in step {step}, "
@@ -75,17 +67,17 @@ class TrainingLoop:
                 ),
             ) from error
 
-    def _step(self, step: int, batches: Iterator[list[MicroBatch]], *, is_first: bool) -> float:
+    def _step(self, step: int, batches: Iterator[list[MicroBatch]]) -> None:
         run = self.run
         started = time.perf_counter()
         micro_batches = next(batches)
         data_wait_s = time.perf_counter() - started
         counts = _count(run, micro_batches)
         result = run.step(micro_batches, counts["num_target_tokens"])
-        if is_first:
-            check_gradients(run.model)
+        grad_norm = run.step.finish_gradients()
+        self._check_gradients_once(grad_norm, counts["num_images"])
         learning_rate = run.step.scheduler.get_last_lr()[0]
-        update = run.step.update()
+        is_applied = run.step.apply(grad_norm)
         loss = float(result.loss)
         step_s = time.perf_counter() - started
         record = {
@@ -94,8 +86,8 @@ class TrainingLoop:
             "epoch": step / run.order.steps_per_epoch,
             "loss": loss,
             "learning_rate": learning_rate,
-            "grad_norm": update.grad_norm,
-            "skipped": update.skipped,
+            "grad_norm": grad_norm,
+            "skipped": not is_applied,
             **counts,
             "step_s": step_s,
             "data_wait_s": data_wait_s,
@@ -104,7 +96,13 @@ class TrainingLoop:
             **run.meter.step_fields(),
         }
         self.journal.step(record, eta_s=self._eta_s(step, step_s), steps_planned=run.num_steps)
-        return loss
+
+    def _check_gradients_once(self, grad_norm: float, num_images: int) -> None:
+        """Check at the first step that can tell: all gradients finite, and an image in it where the data has any."""
+        shows_all = num_images > 0 or not self.run.data.has_images
+        if not self._gradients_checked and shows_all and math.isfinite(grad_norm):
+            check_gradients(self.run.model)
+            self._gradients_checked = True
 
     def _eta_s(self, step: int, step_s: float) -> float:
         old = self._seconds_per_step

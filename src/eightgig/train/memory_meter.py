@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -64,17 +64,18 @@ class MemoryMeter:
         """The highest `allocated_bytes` or `reserved_bytes` of any phase so far."""
         return max((peak[kind] for peak in self.peaks.values()), default=0)
 
-    def record(self, receipt: Receipt, trainable: dict[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Any]:
+    def record(self, receipt: Receipt, trainable: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Any]:
         """The content of memory.json.
 
         Categories other than the first five are differences: activations are what the peak of training holds beyond
         weights, gradients and optimizer; the allocator's overhead is what it reserves beyond that; the CUDA context is
         what the card shows as used beyond what PyTorch reserves (other programs on the card are counted with it).
         """
+        frozen = [row for row in receipt.rows if row.group != "adapters"]
         categories = {
-            "4-bit weights": receipt.bytes_of(is_4bit=True),
-            "16-bit weights": receipt.bytes_of(is_4bit=False),
-            "adapters": sum(p.numel() * p.element_size() for p in trainable.values()),
+            "4-bit weights": sum(row.bytes_now for row in frozen if row.is_4bit),
+            "16-bit weights": sum(row.bytes_now for row in frozen if not row.is_4bit),
+            "adapters": sum(row.bytes_now for row in receipt.rows if row.group == "adapters"),
             "gradients": sum(p.numel() * p.element_size() for p in trainable.values()),
             "optimizer": _state_bytes(optimizer),
         }
@@ -103,10 +104,8 @@ class MemoryMeter:
 def _peak_rss_bytes(process: psutil.Process) -> int:
     """Highest resident memory of `process` since its start: what the system counted where it does, else the present."""
     memory = process.memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
-        return int(memory.peak_wset)
-    if find_spec("resource") is None:
-        return int(memory.rss)
+    if find_spec("resource") is None:  # Windows, where psutil has the peak itself
+        return int(getattr(memory, "peak_wset", memory.rss))
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

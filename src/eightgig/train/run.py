@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from eightgig.config import TrainingConfig
 from eightgig.data.encode import Encoder
@@ -35,6 +35,7 @@ class DataSets:
     num_quarantined: int
     num_cut_prompt_samples: int
     num_cut_answer_samples: int
+    has_images: bool
 
 
 @dataclass
@@ -54,7 +55,8 @@ class Run:
     @property
     def model(self) -> nn.Module:
         """The model with its adapters."""
-        return self.loaded.model
+        model: nn.Module = self.loaded.model
+        return model
 
     @property
     def trainable(self) -> Mapping[str, nn.Parameter]:
@@ -67,9 +69,10 @@ class Run:
         num_wanted = min(self.config.validation.num_generated, len(self.data.validation))
         return [self.data.validation[i * len(self.data.validation) // num_wanted] for i in range(num_wanted)]
 
-    def sum_over_processes(self, tensor: Tensor) -> Tensor:
-        """`tensor` added up over all processes."""
-        return tensor if self.accelerator.num_processes == 1 else self.accelerator.reduce(tensor, "sum")
+    def give_up_model(self) -> None:
+        """Drop model, optimizer and all else that holds GPU memory; the run can't be trained on after this."""
+        del self.step
+        del self.loaded
 
     def total_over_processes(self, *counts: int) -> list[int]:
         """Each count added up over all processes."""

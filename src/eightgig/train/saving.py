@@ -55,7 +55,9 @@ class Saver:
         }
 
 
-def resume(run: Run, folder: RunFolder, fingerprint: Mapping[str, str], listener: TrainingListener) -> int:
+def resume_from_checkpoint(
+    run: Run, folder: RunFolder, fingerprint: Mapping[str, str], listener: TrainingListener
+) -> int:
     """Put `run` where its newest sound checkpoint left it; returns the steps done.
 
     Call it last before the loop: it also puts back the random number generators.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from eightgig.data.loader import validation_batches
@@ -14,14 +13,6 @@ from eightgig.train.journal import Journal
 from eightgig.train.run import Run
 
 
-@dataclass(frozen=True)
-class ValidationResult:
-    """Mean loss over target tokens, and the share of exact matches (None where no answers are generated)."""
-
-    loss: float
-    exact_match: float | None
-
-
 class Validator:
     """Validates `run` on demand and logs it."""
 
@@ -29,8 +20,8 @@ class Validator:
         self._run = run
         self._journal = journal
 
-    def __call__(self, step: int) -> ValidationResult | None:
-        """Validate after `step` optimizer steps; None where the run has no validation samples."""
+    def __call__(self, step: int) -> float | None:
+        """The validation loss after `step` optimizer steps; None where the run has no validation samples."""
         run = self._run
         if not run.data.validation:
             return None
@@ -41,17 +32,16 @@ class Validator:
             generations = self._generate() if run.accelerator.is_main_process else []
         run.accelerator.wait_for_everyone()
         matches = [generation.correct for generation in generations]
-        exact_match = sum(matches) / len(matches) if matches else None
         record = {
             "kind": "validation",
             "step": step,
             "loss": loss,
-            "exact_match": exact_match,
+            "exact_match": sum(matches) / len(matches) if matches else None,
             "num_generated": len(matches),
             "validation_s": time.perf_counter() - started,
         }
         self._journal.validation(record, [_row(step, generation) for generation in generations])
-        return ValidationResult(loss, exact_match)
+        return loss
 
     def _loss(self) -> float:
         run = self._run

@@ -1,0 +1,170 @@
+"""`eightgig train`: a whole run, from the config to the report."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+
+from eightgig.app.finishing import finish
+from eightgig.app.run_facts import facts_at_start, now_utc
+from eightgig.config import TrainingConfig, load_config, save_config
+from eightgig.core.errors import CheckpointError
+from eightgig.core.files import write_json
+from eightgig.data.loader import StepLoader, WorkerSettings
+from eightgig.train.events import RunOutcome, RunStart, SilentListener, TrainingListener
+from eightgig.train.fingerprint import fingerprint
+from eightgig.train.journal import Journal
+from eightgig.train.loop import TrainingLoop
+from eightgig.train.run import Run
+from eightgig.train.run_folder import RunFolder
+from eightgig.train.saving import Saver, resume_from_checkpoint
+from eightgig.train.setup import Place, build_run, choose_place
+from eightgig.train.validation import Validator
+
+
+def train(
+    config: TrainingConfig,
+    *,
+    sources: Mapping[str, str],
+    run_folder: Path | None,
+    listener: TrainingListener,
+    dry_run: bool = False,
+    command: str,
+) -> RunOutcome:
+    """Train as `config` says and return what came of it.
+
+    Args:
+        config: the run's settings.
+        sources: where each setting came from, for the record.
+        run_folder: the folder to make; None = one named by model and time below `config.output_dir`.
+        listener: is told what happens, on the main process.
+        dry_run: do everything up to the first step, then stop.
+        command: what the user typed, for the record.
+
+    Raises:
+        EightGigError: whatever stands in the way, with what to do about it.
+    """
+    place = choose_place(config)
+    folder = _new_folder(config, run_folder, place)
+    if place.accelerator.is_main_process:
+        save_config(config, folder.config)
+        write_json(folder.sources, dict(sources))
+        folder.update_facts(status="running", started_at=now_utc(), command=command)
+    with _status_kept(folder, place):
+        run, told = _prepare(config, place, folder, listener)
+        if dry_run:
+            _announce(run, folder, told, steps_done=0)
+            return finish(run, folder, told, is_dry_run=True)
+        return _run_to_the_end(run, folder, told, steps_done=0)
+
+
+def resume(run_folder: Path, *, listener: TrainingListener, command: str) -> RunOutcome:
+    """Continue the run in `run_folder` from its newest sound checkpoint to its end.
+
+    Raises:
+        CheckpointError: there is no run or no usable checkpoint, it is finished, or config, data or trainable weights
+            have changed.
+    """
+    folder = RunFolder.open(run_folder)
+    if folder.read_facts().get("status") == "finished":
+        raise CheckpointError(
+            f"the run {run_folder} is finished",
+            expected="a run that was interrupted",
+            next_step=f"use it: `eightgig predict {run_folder} --image ... --question ...`, or start a new run",
+        )
+    config = load_config(folder.config).config
+    place = choose_place(config)
+    if place.accelerator.is_main_process:
+        folder.update_facts(status="running", command=command)
+    with _status_kept(folder, place):
+        run, told = _prepare(config, place, folder, listener)
+        marks = fingerprint(config, run.data.fingerprint, run.trainable)
+        steps_done = resume_from_checkpoint(run, folder, marks, told)
+        if place.accelerator.is_main_process:
+            folder.forget_after(steps_done)
+        return _run_to_the_end(run, folder, told, steps_done=steps_done)
+
+
+def _new_folder(config: TrainingConfig, wanted: Path | None, place: Place) -> RunFolder:
+    """The run's folder: made by the main process, told to the others."""
+    path: list[Path | None] = [None]
+    if place.accelerator.is_main_process:
+        path = [RunFolder.create(wanted, output_dir=config.output_dir, model_name=config.model.name).path]
+    if place.accelerator.num_processes > 1:
+        broadcast_object_list(path)
+    assert path[0] is not None
+    return RunFolder(path[0])
+
+
+@contextlib.contextmanager
+def _status_kept(folder: RunFolder, place: Place) -> Iterator[None]:
+    """Keep run.json true when the run ends before its time."""
+    try:
+        yield
+    except BaseException as error:
+        if place.accelerator.is_main_process:
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            folder.update_facts(status=status, finished_at=now_utc(), reason=str(error) or type(error).__name__)
+        raise
+
+
+def _prepare(
+    config: TrainingConfig, place: Place, folder: RunFolder, listener: TrainingListener
+) -> tuple[Run, TrainingListener]:
+    told: TrainingListener = listener if place.accelerator.is_main_process else SilentListener()
+    run = build_run(config, place, folder, told)
+    if place.accelerator.is_main_process:
+        write_json(folder.receipt, run.loaded.receipt.to_json())
+        folder.update_facts(**facts_at_start(run))
+    return run, told
+
+
+def _run_to_the_end(run: Run, folder: RunFolder, listener: TrainingListener, *, steps_done: int) -> RunOutcome:
+    _announce(run, folder, listener, steps_done=steps_done)
+    journal = Journal(folder, listener, is_main=run.accelerator.is_main_process)
+    marks = fingerprint(run.config, run.data.fingerprint, run.trainable)
+    loop = TrainingLoop(run, journal, Validator(run, journal), Saver(run, folder, journal, marks))
+    loop.train(iter(_loader(run, steps_done)), steps_done=steps_done)
+    return finish(run, folder, listener, is_dry_run=False)
+
+
+def _announce(run: Run, folder: RunFolder, listener: TrainingListener, *, steps_done: int) -> None:
+    receipt = run.loaded.receipt
+    listener.on_start(
+        RunStart(
+            run_folder=folder.path,
+            model=run.loaded.spec.name,
+            method=run.config.training.method.value,
+            device=str(run.step.compute.device),
+            precision_note=run.loaded.precision.note,
+            steps_planned=run.num_steps,
+            first_step=steps_done + 1,
+            num_train_samples=len(run.data.train),
+            num_validation_samples=len(run.data.validation),
+            num_quarantined=run.data.num_quarantined,
+            num_cut_samples=run.data.num_cut_prompt_samples + run.data.num_cut_answer_samples,
+            num_trainable_parameters=receipt.num_trainable,
+            num_parameters=receipt.num_parameters,
+            receipt_rows=receipt.to_json()["rows"],
+        )
+    )
+
+
+def _loader(run: Run, steps_done: int) -> StepLoader:
+    settings = run.config.data
+    return StepLoader(
+        run.data.train,
+        run.encoder,
+        run.order,
+        steps=range(steps_done, run.num_steps),
+        workers=WorkerSettings(
+            num_workers=settings.num_workers,
+            start_method=settings.worker_start_method,
+            pin_memory=run.step.compute.device.type == "cuda",
+        ),
+        process_index=run.accelerator.process_index,
+        num_processes=run.accelerator.num_processes,
+    )

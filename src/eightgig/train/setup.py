@@ -1,0 +1,143 @@
+"""From a config to a run that is ready: device, data, model, optimizer, in the order in which mistakes are cheapest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from eightgig.config import MixedPrecision, TrainingConfig
+from eightgig.core.errors import ConfigError, EnvironmentProblem, Problem
+from eightgig.data.encode import Encoder
+from eightgig.data.order import StepOrder
+from eightgig.memory.cap import limit_allocator
+from eightgig.memory.checkpointing import checkpoint_layers
+from eightgig.models.adapters import attach_adapters
+from eightgig.models.load import load_model, load_processor, weight_dtype
+from eightgig.models.precision import Precision, choose_precision
+from eightgig.models.trainable import trainable_parameters
+from eightgig.registry import ModelSpec, resolve
+from eightgig.step.step import Compute, TrainingStep
+from eightgig.train.datasets import load_datasets
+from eightgig.train.events import TrainingListener
+from eightgig.train.memory_meter import MemoryMeter
+from eightgig.train.optimizer import build_optimizer, build_scheduler
+from eightgig.train.run import Run
+from eightgig.train.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run computes and in which precision."""
+
+    accelerator: Accelerator
+    precision: Precision
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    def sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` added up over all processes."""
+        summed: torch.Tensor = self.accelerator.reduce(tensor, "sum")
+        return summed
+
+
+def choose_place(config: TrainingConfig) -> Place:
+    """The device and precision of `config` on this machine, with the memory cap set.
+
+    Raises:
+        EnvironmentProblem: CUDA is asked for and there is none.
+        ConfigError: a cap without a GPU, or micro-batches that the processes can't share evenly.
+    """
+    if config.hardware.device == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentProblem(
+            "hardware.device is cuda, but PyTorch sees no CUDA device",
+            expected="an NVIDIA GPU with its driver, and a CUDA build of PyTorch",
+            next_step="check `nvidia-smi` and `python -c 'import torch; print(torch.version.cuda)'`, "
+            "or set hardware.device to cpu",
+        )
+    accelerator = Accelerator(cpu=config.hardware.device == "cpu" or not torch.cuda.is_available())
+    accumulation = config.training.gradient_accumulation_steps
+    if accumulation % accelerator.num_processes:
+        allowed = f"a multiple of the {accelerator.num_processes} processes, which share the micro-batches of a step"
+        raise ConfigError(
+            [Problem("training.gradient_accumulation_steps", str(accumulation), allowed)],
+            source="accelerate launch",
+            next_step="change training.gradient_accumulation_steps or the number of processes",
+        )
+    limit_allocator(accelerator.device, config.hardware.cap_gib)
+    return Place(accelerator, choose_precision(config.hardware.mixed_precision, accelerator.device))
+
+
+def build_run(config: TrainingConfig, place: Place, folder: RunFolder, listener: TrainingListener) -> Run:
+    """Everything that `config` describes, ready to train. The data is checked before any weight is loaded."""
+    if place.precision.note is not None:
+        listener.on_message(place.precision.note)
+    spec = resolve(config.model.name, config.model.revision)
+    encoder = _build_encoder(config, spec)
+    data = load_datasets(config, encoder, folder.quarantine, listener)
+    listener.on_message(f"loading {spec.name}")
+    loaded = load_model(config, spec, place.device, place.precision)
+    attach_adapters(loaded, config)
+    if config.hardware.gradient_checkpointing:
+        has_dropout = config.training.lora is not None and config.training.lora.dropout > 0
+        checkpoint_layers(loaded.model, spec.family.decoder_layers(loaded.model), preserve_rng_state=has_dropout)
+    training = config.training
+    order = StepOrder(len(data.train), training.batch_size, training.gradient_accumulation_steps, config.seed)
+    num_steps = training.max_steps or order.steps_per_epoch * training.num_epochs
+    step = _build_step(config, place, spec, loaded.model, num_steps)
+    return Run(
+        config=config,
+        accelerator=place.accelerator,
+        loaded=loaded,
+        encoder=encoder,
+        data=data,
+        order=order,
+        num_steps=num_steps,
+        step=step,
+        meter=MemoryMeter(place.device),
+    )
+
+
+def build_compute(config: TrainingConfig, place: Place) -> Compute:
+    """How a forward pass of `config` runs at `place`: autocast only where weights are kept wider than they compute."""
+    dtype = weight_dtype(config.training.method, place.device, place.precision)
+    compute_dtype = place.precision.compute_dtype
+    return Compute(
+        device=place.device,
+        input_dtype=dtype,
+        autocast_dtype=None if dtype == compute_dtype else compute_dtype,
+        loss_chunk_tokens=config.training.loss_chunk_tokens,
+    )
+
+
+def _build_encoder(config: TrainingConfig, spec: ModelSpec) -> Encoder:
+    image_px = config.data.image_size
+    if image_px is not None:
+        spec.family.check_image_px(spec.facts, image_px)
+    processor = load_processor(config, spec)
+    spec.family.apply_image_px(None, processor, image_px)
+    return Encoder(processor, spec.family, max_length=config.data.max_length)
+
+
+def _build_step(
+    config: TrainingConfig, place: Place, spec: ModelSpec, model: torch.nn.Module, num_steps: int
+) -> TrainingStep:
+    trainable = trainable_parameters(model)
+    optimizer = build_optimizer(config.training, trainable.values(), place.device)
+    is_fp16 = place.precision.mixed_precision is MixedPrecision.FP16
+    return TrainingStep(
+        model=model,
+        family=spec.family,
+        compute=build_compute(config, place),
+        trainable=trainable,
+        optimizer=optimizer,
+        scheduler=build_scheduler(config.training, optimizer, num_steps),
+        max_grad_norm=config.training.max_grad_norm,
+        scaler=torch.amp.GradScaler(place.device.type) if is_fp16 else None,
+        sum_over_processes=place.sum_over_processes if place.accelerator.num_processes > 1 else None,
+    )
