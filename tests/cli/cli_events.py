@@ -14,17 +14,22 @@ from eightgig.cli.entry import run_command
 from eightgig.train.events import RunOutcome, RunStart
 
 RECEIPT_ROWS: tuple[dict[str, Any], ...] = (
-    {"group": "language model linears", "modules": "224 Linear4bit", "num_parameters": 6_476_005_376}
-    | {"dtype": "uint8", "is_4bit": True, "bytes_16bit": 12_952_010_752, "bytes_now": 3_339_190_272},
-    {"group": "vision tower", "modules": "145 Linear", "num_parameters": 303_507_456}
-    | {"dtype": "torch.bfloat16", "is_4bit": False, "bytes_16bit": 607_014_912, "bytes_now": 607_014_912},
+    {"group": "language linears", "module_class": "Linear4bit", "num_modules": 224, "num_trainable": 0}
+    | {"num_parameters": 6_476_005_376, "storage_dtype": "uint8", "is_4bit": True}
+    | {"bytes_16bit": 12_952_010_752, "bytes_now": 3_339_190_272},
+    {"group": "vision tower", "module_class": "Linear", "num_modules": 145, "num_trainable": 0}
+    | {"num_parameters": 303_507_456, "storage_dtype": "bfloat16", "is_4bit": False}
+    | {"bytes_16bit": 607_014_912, "bytes_now": 607_014_912},
 )
 RECEIPT: dict[str, Any] = {
     "model": "llava-1.5-7b",
-    "quantization": "nf4, double quantisation",
+    "asked": "nf4 with double quantisation in the language model's linear layers, 16-bit elsewhere",
     "rows": list(RECEIPT_ROWS),
-    "total_bytes_16bit": 13_559_025_664,
-    "total_bytes_now": 3_946_205_184,
+    "mismatches": [],
+    "num_parameters": 6_779_512_832,
+    "num_trainable": 0,
+    "bytes_16bit": 13_559_025_664,
+    "bytes_now": 3_946_205_184,
 }
 GENERATIONS: tuple[dict[str, Any], ...] = (
     {"step": 50, "sample_id": "a", "images": [], "question": "How tall is bar 3?", "expected": "7"}

@@ -53,9 +53,9 @@ def test_plain_lines_say_everything_without_control_characters() -> None:
         "trainable   20 M of 7.06 B parameters (0.283 %)",
         f"run folder  {FOLDER}",
         "",
-        "part                    parameters  stored as  4-bit  at 16 bits         now",
-        "language model linears      6.48 B  uint8      yes     12.06 GiB    3.11 GiB",
-        "vision tower                 304 M  bfloat16   no     578.89 MiB  578.89 MiB",
+        "part              parameters  stored as  4-bit  at 16 bits         now",
+        "language linears      6.48 B  uint8      yes     12.06 GiB    3.11 GiB",
+        "vision tower           304 M  bfloat16   no     578.89 MiB  578.89 MiB",
         "",
         "step 50/400 · loss 0.4313 · lr 1.80e-04 · grad norm 0.8215 · epoch 0.25 · 3,516 tokens/s · 3.52 images/s · "
         "data wait 5 % · 4.56 GiB (peak 5.22 GiB) · 12 min 05 s left",

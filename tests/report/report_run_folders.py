@@ -64,15 +64,23 @@ RUN: dict[str, Any] = {
 
 RECEIPT: dict[str, Any] = {
     "model": "llava-1.5-7b",
-    "quantization": "nf4, double quantisation",
+    "asked": "nf4 with double quantisation in the language model's linear layers, 16-bit elsewhere",
     "rows": [
-        {"group": "language model linears", "modules": "224 Linear4bit", "num_parameters": 6_476_005_376}
-        | {"dtype": "uint8", "is_4bit": True, "bytes_16bit": 12_952_010_752, "bytes_now": 3_339_190_272},
-        {"group": "vision tower", "modules": "145 Linear", "num_parameters": 303_507_456}
-        | {"dtype": "bfloat16", "is_4bit": False, "bytes_16bit": 607_014_912, "bytes_now": 607_014_912},
+        {"group": "language linears", "module_class": "Linear4bit", "num_modules": 224, "num_trainable": 0}
+        | {"num_parameters": 6_476_005_376, "storage_dtype": "uint8", "is_4bit": True}
+        | {"bytes_16bit": 12_952_010_752, "bytes_now": 3_339_190_272},
+        {"group": "adapters", "module_class": "Linear", "num_modules": 448, "num_trainable": 19_988_480}
+        | {"num_parameters": 19_988_480, "storage_dtype": "float32", "is_4bit": False}
+        | {"bytes_16bit": 39_976_960, "bytes_now": 79_953_920},
+        {"group": "vision tower", "module_class": "Conv2d, LayerNorm, Linear", "num_modules": 197, "num_trainable": 0}
+        | {"num_parameters": 303_507_456, "storage_dtype": "bfloat16", "is_4bit": False}
+        | {"bytes_16bit": 607_014_912, "bytes_now": 607_014_912},
     ],
-    "total_bytes_16bit": 13_559_025_664,
-    "total_bytes_now": 3_946_205_184,
+    "mismatches": [],
+    "num_parameters": 6_799_501_312,
+    "num_trainable": 19_988_480,
+    "bytes_16bit": 13_599_002_624,
+    "bytes_now": 4_026_159_104,
 }
 
 MEMORY: dict[str, Any] = {
@@ -98,6 +106,7 @@ VERIFICATION = {
     "max_abs_difference": 0.0125,
     "relative_difference": 0.00072,
     "tolerance": 0.02,
+    "adapter_effect": 0.41,
     "how": "a fresh process loaded the adapter with peft and compared the logits of one validation sample",
 }
 

@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 from PIL import Image
 from report_page import Page
-from report_run_folders import CONFIG, MEMORY, RUN, VERIFICATION, draw_bars, step_record, write_jsonl, write_run
+from report_run_folders import (
+    CONFIG,
+    MEMORY,
+    RECEIPT,
+    RUN,
+    VERIFICATION,
+    draw_bars,
+    step_record,
+    write_jsonl,
+    write_run,
+)
 
 from eightgig.report.html import render_report
 from eightgig.report.records import read_run
@@ -56,21 +66,21 @@ def test_the_page_is_well_formed_and_says_every_headline_number(folder: Path) ->
 
 def test_the_receipt_tells_what_is_4_bit(folder: Path) -> None:
     text = render(folder).text("receipt")
-    assert "Yes: 6.48 B of 6.78 B parameters (95.5 %) are stored in 4 bits." in text
-    assert "language model linears 224 Linear4bit 6.48 B uint8 ✓ yes 12.06 GiB 3.11 GiB" in text
-    assert "vision tower 145 Linear 304 M bfloat16 no 578.89 MiB 578.89 MiB" in text
-    assert "total 12.63 GiB 3.68 GiB" in text
+    assert "Yes: 6.48 B of 6.8 B parameters (95.2 %) are stored in 4 bits." in text
+    assert "language linears 224 × Linear4bit 6.48 B – uint8 ✓ yes 12.06 GiB 3.11 GiB" in text
+    assert "adapters 448 × Linear 20 M 20 M float32 no 38.12 MiB 76.25 MiB" in text
+    assert "vision tower 197 × Conv2d, LayerNorm, Linear 304 M – bfloat16 no 578.89 MiB 578.89 MiB" in text
+    assert "total 6.8 B 20 M 12.67 GiB 3.75 GiB" in text
+    assert "Asked for: nf4 with double quantisation in the language model's linear layers, 16-bit elsewhere." in text
 
 
-def test_the_receipt_of_a_16_bit_model_says_no(folder: Path) -> None:
-    row = {"group": "all", "modules": "9 Linear", "num_parameters": 5000, "dtype": "bfloat16", "is_4bit": False}
-    row |= {"bytes_16bit": 10_000, "bytes_now": 10_000}
-    rewrite(
-        folder,
-        "receipt.json",
-        {"quantization": "none", "rows": [row], "total_bytes_16bit": 10_000, "total_bytes_now": 10_000},
-    )
-    assert "No: all 5,000 parameters are stored in 16 bits or more." in render(folder).text("receipt")
+def test_a_receipt_that_is_not_as_asked_says_so(folder: Path) -> None:
+    mismatch = {"module": "model.layers.0.q_proj", "found": "Linear, bfloat16", "expected": "4-bit"}
+    totals = {"num_parameters": 5000, "num_trainable": 0, "rows": RECEIPT["rows"][-1:], "mismatches": [mismatch]}
+    rewrite(folder, "receipt.json", RECEIPT | totals)
+    text = render(folder).text("receipt")
+    assert "No: all 5,000 parameters are stored in 16 bits or more." in text
+    assert "✗ model.layers.0.q_proj is Linear, bfloat16, not 4-bit" in text
 
 
 def test_memory_adds_up_and_shows_bytes_and_share(folder: Path) -> None:
@@ -187,6 +197,12 @@ def test_verification_says_its_numbers(folder: Path, ok: bool, said: str) -> Non
     text = render(folder).text("verification")
     assert said in text
     assert "Largest difference of a logit 0.0125, relative 0.00072 (allowed: 0.02)" in text
+    assert "without the adapter the relative difference is 0.41" in text
+
+
+def test_a_full_model_has_no_adapter_to_leave_out(folder: Path) -> None:
+    rewrite(folder, "verification.json", VERIFICATION | {"adapter_effect": None})
+    assert "without the adapter" not in render(folder).text("verification")
 
 
 @pytest.mark.parametrize(
@@ -212,9 +228,10 @@ def test_a_missing_part_is_said_and_the_rest_stands(folder: Path, missing: str, 
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
-    rewrite(tmp_path, "run.json", {"status": "failed"})
+    rewrite(tmp_path, "run.json", {"status": "failed", "reason": "the GPU ran out of memory"})
     rewrite(tmp_path, "config.json", CONFIG)
     page = render(tmp_path)
+    assert "the GPU ran out of memory" in page.text()
     assert "failed QLORA on an unknown device" in page.text()
     assert "→" not in page.text(), "no number was measured, so none is shown"
 

@@ -9,14 +9,17 @@ from eightgig.core.units import format_bytes
 from eightgig.report.wording import format_count
 
 _HEADINGS = ("part", "parameters", "stored as", "4-bit", "at 16 bits", "now")
-_MAX_PART_CHARACTERS = 26
 
 
 def receipt_lines(receipt: Mapping[str, Any]) -> list[str]:
     """The receipt with its headline and totals."""
-    totals = ("total", "", "", "", *map(format_bytes, (receipt["total_bytes_16bit"], receipt["total_bytes_now"])))
-    title = f"{receipt['model']}: {receipt['quantization']}"
-    return [title, *_aligned([_HEADINGS, *map(_cells, receipt["rows"]), totals])]
+    sizes = map(format_bytes, (receipt["bytes_16bit"], receipt["bytes_now"]))
+    totals = ("total", format_count(receipt["num_parameters"]), "", "", *sizes)
+    return [
+        f"{receipt['model']}, asked for:",
+        f"  {receipt['asked']}",
+        *_aligned([_HEADINGS, *map(_cells, receipt["rows"]), totals]),
+    ]
 
 
 def receipt_rows_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -25,11 +28,10 @@ def receipt_rows_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    part = str(row["group"])
     return (
-        part if len(part) <= _MAX_PART_CHARACTERS else part[: _MAX_PART_CHARACTERS - 1] + "…",
+        str(row["group"]),
         format_count(row["num_parameters"]),
-        str(row["dtype"]).removeprefix("torch."),
+        str(row["storage_dtype"]),
         "yes" if row["is_4bit"] else "no",
         format_bytes(row["bytes_16bit"]),
         format_bytes(row["bytes_now"]),

@@ -25,6 +25,7 @@ from eightgig.report.wording import format_count, format_moment, format_number, 
 _NOT_YET_KNOWN: dict[str, Any] = {  # what run.json lacks of a run that ended early
     "status": "unknown",
     "command": "",
+    "reason": None,
     "started_at": None,
     "finished_at": None,
     "eightgig_version": "–",
@@ -78,9 +79,8 @@ def _four_bit_headline(run: RunRecords) -> str | None:
     """How much of the model is stored in 4 bits, by the receipt's own rows; None without a receipt."""
     if run.receipt is None:
         return None
-    rows = run.receipt["rows"]
-    total = sum(row["num_parameters"] for row in rows)
-    four_bit = sum(row["num_parameters"] for row in rows if row["is_4bit"])
+    total = run.receipt["num_parameters"]
+    four_bit = sum(row["num_parameters"] for row in run.receipt["rows"] if row["is_4bit"])
     if four_bit == 0:
         return f"No: all {format_count(total)} parameters are stored in 16 bits or more."
     share = format_share(four_bit / total)
