@@ -67,12 +67,12 @@ def test_inspect_prints_the_receipt(calls: Calls, capsys: pytest.CaptureFixture[
     calls.answer("inspection", "inspect", lambda **_: SimpleNamespace(to_json=lambda: RECEIPT))
     assert run(capsys, "inspect", "llava-1.5-7b", "--random-weights", "0") == (
         0,
-        "llava-1.5-7b, asked for:\n"
-        "  nf4 with double quantisation in the language model's linear layers, 16-bit elsewhere\n"
+        "llava-1.5-7b, asked for nf4 with double quantisation in the language model's\n"
+        "linear layers, 16-bit elsewhere\n"
         "part              parameters  stored as  4-bit  at 16 bits         now\n"
         "language linears      6.48 B  uint8      yes     12.06 GiB    3.11 GiB\n"
         "vision tower           304 M  bfloat16   no     578.89 MiB  578.89 MiB\n"
-        "total                 6.78 B                         12.63 GiB    3.68 GiB\n",
+        "total                 6.78 B                     12.63 GiB    3.68 GiB\n",
         "",
     )
     assert calls.arguments == {"positional": ("llava-1.5-7b",), "random_weights_seed": 0}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eightgig.core.units import format_bytes
 from eightgig.report.wording import format_count
 
+_WIDTH_CHARACTERS = 80
 _HEADINGS = ("part", "parameters", "stored as", "4-bit", "at 16 bits", "now")
 
 
@@ -15,11 +17,8 @@ def receipt_lines(receipt: Mapping[str, Any]) -> list[str]:
     """The receipt with its headline and totals."""
     sizes = map(format_bytes, (receipt["bytes_16bit"], receipt["bytes_now"]))
     totals = ("total", format_count(receipt["num_parameters"]), "", "", *sizes)
-    return [
-        f"{receipt['model']}, asked for:",
-        f"  {receipt['asked']}",
-        *_aligned([_HEADINGS, *map(_cells, receipt["rows"]), totals]),
-    ]
+    title = textwrap.wrap(f"{receipt['model']}, asked for {receipt['asked']}", _WIDTH_CHARACTERS)
+    return [*title, *_aligned([_HEADINGS, *map(_cells, receipt["rows"]), totals])]
 
 
 def receipt_rows_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
