@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -108,33 +109,37 @@ def _with_image_results(
     samples: Sequence[Sample], pool: ThreadPoolExecutor
 ) -> Iterator[tuple[Sample, list[_ImageResult]]]:
     """Each sample with what was found of its images, in order; the pool works ahead of what is asked for."""
-    known: dict[ImagePart, _ImageResult] = {}
-    pending: dict[ImagePart, Future[_ImageResult]] = {}
+    known: dict[Hashable, _ImageResult] = {}
+    pending: dict[Hashable, Future[_ImageResult]] = {}
     ahead = iter(samples)
     for sample in itertools.islice(ahead, _NUM_AHEAD):
         _submit(sample, pool, known, pending)
     for sample in samples:
         for next_sample in itertools.islice(ahead, 1):
             _submit(next_sample, pool, known, pending)
-        for part in sample.images:
-            if part in pending:
-                known[part] = pending.pop(part).result()
-        yield sample, [known[part] for part in sample.images]
-        for part in sample.images:
-            if part.data is not None:
-                known.pop(part, None)  # keeping it would keep its bytes
+        keys = [_key(part) for part in sample.images]
+        for key in keys:
+            if key in pending:
+                known[key] = pending.pop(key).result()
+        yield sample, [known[key] for key in keys]
 
 
 def _submit(
     sample: Sample,
     pool: ThreadPoolExecutor,
-    known: Mapping[ImagePart, _ImageResult],
-    pending: dict[ImagePart, Future[_ImageResult]],
+    known: Mapping[Hashable, _ImageResult],
+    pending: dict[Hashable, Future[_ImageResult]],
 ) -> None:
     """Have the pool examine those images of `sample` that it has not been given yet."""
     for part in sample.images:
-        if part not in known and part not in pending:
-            pending[part] = pool.submit(_examine, part)
+        key = _key(part)
+        if key not in known and key not in pending:
+            pending[key] = pool.submit(_examine, part)
+
+
+def _key(part: ImagePart) -> Hashable:
+    """What stands for an image while results are kept: not its bytes, which would fill the memory."""
+    return part.path if part.path is not None else hashlib.sha256(part.data or b"").digest()
 
 
 def _examine(part: ImagePart) -> _ImageResult:

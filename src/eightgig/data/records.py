@@ -59,10 +59,11 @@ def read_csv_records(text: str, path: Path) -> list[Record]:
             Record(reader.line_num, {key: value for key, value in row.items() if key is not None}) for row in reader
         ]
     except csv.Error as error:
+        line = reader.reader.line_num  # the one of DictReader itself still counts the rows before
         raise DataError(
-            f"{path}: line {reader.line_num} is not CSV: {error}",
+            f"{path}: line {line} is not CSV: {error}",
             expected="comma-separated values with a header line, texts with commas or line breaks in double quotes",
-            next_step=f"correct line {reader.line_num} of {path}",
+            next_step=f"correct line {line} of {path}",
         ) from error
 
 

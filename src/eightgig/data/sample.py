@@ -16,7 +16,8 @@ class SourceRef:
 
     Attributes:
         file: the data file, or the image of a captioned folder.
-        line: 1-based line of a JSONL or CSV file, 1-based position in a JSON list; 0 for an image of a folder.
+        line: 1-based line of a JSONL file, last line of a CSV row, 1-based position in a JSON list; 0 for an image of a
+            folder.
     """
 
     file: Path

@@ -16,7 +16,7 @@ from eightgig.data.formats import FORMATS, detect_format, flat
 from eightgig.data.formats.record import RecordFormat, shown
 from eightgig.data.quarantine import ProblemCode, Quarantine, SampleProblem
 from eightgig.data.records import Record, decode_text, read_csv_records, read_json_records
-from eightgig.data.sample import Sample, SourceRef
+from eightgig.data.sample import Message, Sample, SourceRef
 
 DATA_SUFFIXES = (".json", ".jsonl")
 
@@ -72,7 +72,7 @@ def load_samples(path: Path, image_root: Path | None, quarantine: Quarantine) ->
         )
     reader = _Reader(image_root, quarantine)
     if path.is_file():
-        reader.read_file(path, read_csv_records if path.suffix.lower() == ".csv" else read_json_records)
+        reader.read_file(path)
     else:
         reader.read_folder(path)
     return SampleSet(tuple(reader.samples), sum(file.num_bad for file in reader.manifest), tuple(reader.manifest))
@@ -91,20 +91,20 @@ class _Reader:
         """Read a metadata file if there is one, else the data files, else the images with their captions."""
         metadata = metadata_file(folder)
         if metadata is not None:
-            self.read_file(metadata, read_csv_records if metadata.suffix == ".csv" else read_json_records, flat.FORMAT)
+            self.read_file(metadata, (flat.FORMAT,))
             return
         files = sorted(file for file in folder.iterdir() if file.suffix.lower() in DATA_SUFFIXES and file.is_file())
         for file in files:
-            self.read_file(file, read_json_records)
+            self.read_file(file)
         if not files:
             self._read_captioned(folder)
 
-    def read_file(self, path: Path, read: Any, shape: RecordFormat | None = None) -> None:
-        """Read one file whose records have `shape`, or the shape that its first fitting record shows."""
+    def read_file(self, path: Path, shapes: Sequence[RecordFormat] = FORMATS) -> None:
+        """Read one file whose records have the one of `shapes` that its first fitting record shows."""
         content = _read_bytes(path)
-        records: list[Record] = read(decode_text(content, path), path)
-        if shape is None:
-            shape = _file_format(path, records)
+        read = read_csv_records if path.suffix.lower() == ".csv" else read_json_records
+        records = read(decode_text(content, path), path)
+        shape = _file_format(path, records, shapes)
         root = self._image_root if self._image_root is not None else path.parent
         num_bad_before = len(self._quarantine)
         for record in records:
@@ -146,7 +146,7 @@ class _Reader:
         self.manifest.append(SourceFile(folder, "captioned images", digest.hexdigest(), num_images, num_bad))
 
 
-def _parse(record: Record, shape: RecordFormat, root: Path) -> Any:
+def _parse(record: Record, shape: RecordFormat, root: Path) -> tuple[Message, ...]:
     """The conversation of one record of a file whose records have `shape`. Raises SampleProblem."""
     if isinstance(record.value, SampleProblem):
         raise record.value
@@ -158,13 +158,13 @@ def _parse(record: Record, shape: RecordFormat, root: Path) -> Any:
     return shape.parse(record.value, root)
 
 
-def _file_format(path: Path, records: Iterable[Record]) -> RecordFormat:
-    """The shape of the first record that has a known one. Raises DataError."""
+def _file_format(path: Path, records: Iterable[Record], shapes: Sequence[RecordFormat]) -> RecordFormat:
+    """The shape of the first record that has one of `shapes`. Raises DataError."""
     objects = [record.value for record in records if isinstance(record.value, dict)]
-    found = next((shape for shape in map(detect_format, objects) if shape is not None), None)
+    found = next((shape for item in objects if (shape := detect_format(item, shapes)) is not None), None)
     if found is not None:
         return found
-    known = "; ".join(f"{shape.name}: {shape.keys}" for shape in FORMATS)
+    known = "; ".join(f"{shape.name}: {shape.keys}" for shape in shapes)
     if not objects:
         raise DataError(
             f"{path} holds no record that could be read",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eightgig.data.formats import chat, flat, llava
@@ -11,6 +11,6 @@ from eightgig.data.formats.record import RecordFormat
 FORMATS: tuple[RecordFormat, ...] = (llava.FORMAT, chat.FORMAT, flat.FORMAT)
 
 
-def detect_format(record: Mapping[str, Any]) -> RecordFormat | None:
-    """The shape that `record` has, None when it has no known one."""
-    return next((shape for shape in FORMATS if shape.matches(record)), None)
+def detect_format(record: Mapping[str, Any], shapes: Sequence[RecordFormat] = FORMATS) -> RecordFormat | None:
+    """The first of `shapes` that `record` has, None when it has none of them."""
+    return next((shape for shape in shapes if shape.matches(record)), None)

@@ -40,7 +40,7 @@ def _parse(record: Mapping[str, Any], root: Path) -> tuple[Message, ...]:
 
 FORMAT = RecordFormat(
     name="flat",
-    keys='"image" with "question" and "answer", or with "caption" or "text"',
+    keys='"image" (or "file_name") with "question" and "answer", or with "caption" or "text"',
     matches=_matches,
     parse=_parse,
 )

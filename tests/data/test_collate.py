@@ -1,0 +1,71 @@
+"""Padding, masks and counts of a batch, against a batch put together by hand."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eightgig.data.batch import IGNORE_INDEX, EncodedSample
+from eightgig.data.collate import collate
+
+PAD = 0
+
+
+def encoded(ids: list[int], supervised: list[bool], num_images: int = 0, sample_id: str = "s") -> EncodedSample:
+    labels = [token if mark else IGNORE_INDEX for token, mark in zip(ids, supervised, strict=True)]
+    pixels = torch.full((num_images, 3, 2, 2), float(ids[0]))
+    return EncodedSample(
+        input_ids=torch.tensor(ids),
+        labels=torch.tensor(labels),
+        image_inputs={"pixel_values": pixels} if num_images else {},
+        sample_id=sample_id,
+        num_images=num_images,
+    )
+
+
+def test_a_batch_by_hand() -> None:
+    first = encoded([5, 6, 7], [False, True, True], num_images=2, sample_id="a")
+    second = encoded([8, 9, 0, 4, 0], [False, False, False, True, True], sample_id="b")  # 0 is a real token here
+    third = encoded([3, 2], [False, True], num_images=1, sample_id="c")
+    batch = collate([first, second, third], PAD)
+    assert batch.model_inputs["input_ids"].tolist() == [[5, 6, 7, 0, 0], [8, 9, 0, 4, 0], [3, 2, 0, 0, 0]]
+    assert batch.model_inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    ignore = IGNORE_INDEX
+    assert batch.labels.tolist() == [
+        [ignore, 6, 7, ignore, ignore],
+        [ignore, ignore, ignore, 4, 0],
+        [ignore, 2, ignore, ignore, ignore],
+    ]
+    assert batch.model_inputs["pixel_values"][:, 0, 0, 0].tolist() == [5.0, 5.0, 3.0]
+    assert (batch.num_target_tokens, batch.num_tokens, batch.num_images) == (5, 10, 3)
+    assert batch.sample_ids == ("a", "b", "c")
+
+
+def test_text_alone_has_no_image_inputs() -> None:
+    batch = collate([encoded([5, 6], [False, True])], PAD)
+    assert set(batch.model_inputs) == {"input_ids", "attention_mask"}
+
+
+def test_the_first_token_is_no_target() -> None:
+    """Nothing stands before it that it could be predicted from."""
+    assert collate([encoded([5, 6], [True, True])], PAD).num_target_tokens == 1
+
+
+@given(
+    rows=st.lists(
+        st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=12), min_size=1, max_size=5
+    )
+)
+def test_any_batch_keeps_every_row(rows: list[list[tuple[int, bool]]]) -> None:
+    samples = [encoded([token for token, _ in row], [mark for _, mark in row]) for row in rows]
+    batch = collate(samples, PAD)
+    for row, sample in enumerate(samples):
+        length = int(batch.model_inputs["attention_mask"][row].sum())
+        assert length == len(sample.input_ids)
+        assert torch.equal(batch.model_inputs["input_ids"][row, :length], sample.input_ids)
+        assert torch.equal(batch.labels[row, :length], sample.labels)
+        assert (batch.labels[row, length:] == IGNORE_INDEX).all()
+        assert (batch.model_inputs["input_ids"][row, length:] == PAD).all()
+    assert batch.num_target_tokens == sum(mark for row in rows for _, mark in row[1:])
+    assert batch.num_tokens == sum(map(len, rows))
