@@ -40,7 +40,7 @@ def test_a_known_error_says_what_to_do_and_has_its_code(
     assert run(capsys, "train") == (
         code,
         "",
-        "no settings file and no preset given: using preset ultra_low_memory\n"
+        "no preset and no file of settings given: using preset ultra_low_memory\n"
         "error: met 5\n  expected: at most 4\n  next: type this\n",
     )
 

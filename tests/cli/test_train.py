@@ -73,6 +73,7 @@ def test_the_command_is_kept_as_it_can_be_typed_again(
         ([], True),
         (["--data", "d.jsonl"], True),
         (["--preset", "balanced"], False),
+        (["balanced"], False),
         (["--set", "preset=balanced"], False),
         (["my.json"], False),
     ],
@@ -146,7 +147,7 @@ def test_resume_goes_on_with_the_run(monkeypatch: pytest.MonkeyPatch, capsys: py
 @pytest.mark.parametrize(
     ("others", "said"),
     [
-        (["my.yaml"], "CONFIG_FILE = my.yaml"),
+        (["my.yaml"], "PRESET|FILE = my.yaml"),
         (["--model", "x", "--max-steps", "5"], "--max-steps = 5"),
         (["--set", "seed=1"], "--set = seed=1"),
         (["--dry-run"], "--dry-run = True"),

@@ -16,7 +16,7 @@ app = typer.Typer(
     help="Fine-tune vision-language models with QLoRA on an 8 GB graphics card.",
     epilog=examples(
         "eightgig demo",
-        "eightgig train --data train.jsonl --preset ultra_low_memory",
+        "eightgig train ultra_low_memory --data train.jsonl",
         "eightgig predict RUN --image chart.png --question 'How tall is bar 3?'",
     ),
     no_args_is_help=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eightgig.core.errors import ConfigError, Problem
@@ -48,26 +47,22 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
 
 
 def resolve_settings(
-    config_file: Path | None, flags: Mapping[str, object | None], assignments: Iterable[str]
+    source: str | None, flags: Mapping[str, object | None], overrides: Mapping[str, str]
 ) -> ResolvedConfig:
-    """The configuration of a file and options (flag -> value, None = not given).
+    """The configuration of a preset's name or a file, and options (flag -> value, None = not given).
 
-    Without a file and a preset the preset is DEFAULT_PRESET.
+    Where neither `source` nor an option names a preset, it is DEFAULT_PRESET.
     """
     from eightgig.config import FlagValue, resolve
 
-    overrides = parse_assignments(assignments)
     given = [FlagValue(flag, FLAG_PATHS[flag], value) for flag, value in flags.items() if value is not None]
-    names_preset = "preset" in overrides or any(flag.path == "preset" for flag in given)
-    source = DEFAULT_PRESET if config_file is None and not names_preset else config_file
-    return resolve(source, overrides, flags=given)
+    chosen = DEFAULT_PRESET if uses_default_preset(source, flags, overrides) else source
+    return resolve(chosen, overrides, flags=given)
 
 
-def uses_default_preset(
-    config_file: Path | None, flags: Mapping[str, object | None], assignments: Iterable[str]
-) -> bool:
-    """Whether neither file nor options name a preset or settings of their own to start from."""
-    return config_file is None and flags["--preset"] is None and "preset" not in parse_assignments(assignments)
+def uses_default_preset(source: str | None, flags: Mapping[str, object | None], overrides: Mapping[str, str]) -> bool:
+    """Whether nothing names a preset, or a file to start from."""
+    return source is None and flags["--preset"] is None and "preset" not in overrides
 
 
 def refuse_beside_resume(given: Mapping[str, object | None]) -> None:

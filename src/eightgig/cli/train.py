@@ -14,11 +14,17 @@ from eightgig.cli.examples import examples
 from eightgig.cli.outcome import print_run_outcome
 from eightgig.cli.progress import open_listener
 from eightgig.cli.session import Session, session_of, stoppable
-from eightgig.cli.settings import DEFAULT_PRESET, refuse_beside_resume, resolve_settings, uses_default_preset
+from eightgig.cli.settings import (
+    DEFAULT_PRESET,
+    parse_assignments,
+    refuse_beside_resume,
+    resolve_settings,
+    uses_default_preset,
+)
 
 EXAMPLES = examples(
     "eightgig train --data train.jsonl",
-    "eightgig train --data train.jsonl --val val.jsonl --preset low_memory",
+    "eightgig train low_memory --data train.jsonl --val val.jsonl",
     "eightgig train my.yaml --set training.lora.rank=16 --set training.num_epochs=1",
     "eightgig train my.yaml --dry-run",
     "eightgig train --resume runs/llava-1.5-7b-20261124-093000",
@@ -31,12 +37,17 @@ _BENCHMARKS = "For benchmarks and self-tests"
 
 def train(  # noqa: PLR0913 - the parameters are the command line itself
     context: typer.Context,
-    config_file: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG_FILE", help="Settings, as YAML or JSON.", show_default=False)
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PRESET|FILE", help="A preset's name, or a file of settings (YAML or JSON).", show_default=False
+        ),
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help=f"Settings made for a size of card ({DEFAULT_PRESET} without a file).", show_default=False),
+        typer.Option(
+            help=f"The preset below a file of settings ({DEFAULT_PRESET} if there is neither).", show_default=False
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -102,25 +113,25 @@ def train(  # noqa: PLR0913 - the parameters are the command line itself
     }
     if resume is not None:
         others = {"--set": " ".join(settings or []) or None, "--run-folder": run_folder, "--dry-run": dry_run or None}
-        refuse_beside_resume({"CONFIG_FILE": config_file, **flags, **others})
+        refuse_beside_resume({"PRESET|FILE": source, **flags, **others})
         _resume(session, resume)
     else:
-        _train(session, config_file, flags, settings or [], run_folder=run_folder, dry_run=dry_run)
+        _train(session, source, flags, parse_assignments(settings or []), run_folder=run_folder, dry_run=dry_run)
 
 
 def _train(
     session: Session,
-    config_file: Path | None,
+    source: str | None,
     flags: Mapping[str, object | None],
-    settings: list[str],
+    overrides: Mapping[str, str],
     *,
     run_folder: Path | None,
     dry_run: bool,
 ) -> None:
-    resolved = resolve_settings(config_file, flags, settings)
+    resolved = resolve_settings(source, flags, overrides)
     with open_listener(session) as listener, stoppable():
-        if uses_default_preset(config_file, flags, settings):
-            listener.on_message(f"no settings file and no preset given: using preset {DEFAULT_PRESET}")
+        if uses_default_preset(source, flags, overrides):
+            listener.on_message(f"no preset and no file of settings given: using preset {DEFAULT_PRESET}")
         from eightgig.app import training
 
         outcome = training.train(
