@@ -36,7 +36,7 @@ def encode_file(path: Path, encoder: Encoder, quarantine: Quarantine) -> Encoded
     return encoder.encode(sample)
 
 
-def check(encoded: EncodedSample, marked_tokens: str, processor: LlavaProcessor) -> None:
+def check_encoding(encoded: EncodedSample, marked_tokens: str, processor: LlavaProcessor) -> None:
     ids, labels = expected(marked_tokens, processor)
     assert encoded.input_ids.tolist() == ids
     assert encoded.labels.tolist() == labels
@@ -53,7 +53,7 @@ def test_llava_shape(tmp_path: Path, encoder: Encoder, processor: LlavaProcessor
         {"from": "gpt", "value": "seven bars"},
     ]
     path = write_jsonl(tmp_path / "train.jsonl", [{"image": "a.png", "conversations": turns}])
-    check(
+    check_encoding(
         encode_file(path, encoder, quarantine),
         f"<s> You Ġare . Ġ USER : Ġ {IMAGE} Ċ What Ġis Ġi t ? ĠASSISTANT : Ġred* </s>* "
         "Ġ USER : Ġ How Ġmany ? ĠASSISTANT : Ġseven* Ġbars* </s>* Ġ",
@@ -71,7 +71,7 @@ def test_chat_shape(tmp_path: Path, encoder: Encoder, processor: LlavaProcessor,
     ]
     record = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "2"}]}
     encoded = encode_file(write_jsonl(tmp_path / "train.jsonl", [record]), encoder, quarantine)
-    check(
+    check_encoding(
         encoded,
         f"<s> USER : Ġ {IMAGE} Ċ {IMAGE} Ċ How Ġmany Ġbars ? ĠASSISTANT : Ġ2* </s>* Ġ",
         processor,
@@ -84,7 +84,7 @@ def test_flat_shape(tmp_path: Path, encoder: Encoder, processor: LlavaProcessor,
     write_image(tmp_path / "a.png")
     path = tmp_path / "train.json"
     path.write_text(json.dumps([{"image": "a.png", "caption": "A red bar."}]))
-    check(
+    check_encoding(
         encode_file(path, encoder, quarantine),
         f"<s> USER : Ġ {IMAGE} Ċ Describe Ġthe Ġimage . ĠASSISTANT : ĠA* Ġred* Ġbar* .* </s>* Ġ",
         processor,
@@ -94,7 +94,7 @@ def test_flat_shape(tmp_path: Path, encoder: Encoder, processor: LlavaProcessor,
 def test_captioned_folder(tmp_path: Path, encoder: Encoder, processor: LlavaProcessor, quarantine: Quarantine) -> None:
     write_image(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("A green rod.\n")
-    check(
+    check_encoding(
         encode_file(tmp_path, encoder, quarantine),
         f"<s> USER : Ġ {IMAGE} Ċ Describe Ġthe Ġimage . ĠASSISTANT : ĠA* Ġgreen* Ġrod* .* </s>* Ġ",
         processor,
@@ -103,7 +103,7 @@ def test_captioned_folder(tmp_path: Path, encoder: Encoder, processor: LlavaProc
 
 def test_text_without_image(encoder: Encoder, processor: LlavaProcessor) -> None:
     encoded = encoder.encode(make_sample(("user", "How many?"), ("assistant", "2")))
-    check(encoded, "<s> USER : Ġ How Ġmany ? ĠASSISTANT : Ġ2* </s>* Ġ", processor)
+    check_encoding(encoded, "<s> USER : Ġ How Ġmany ? ĠASSISTANT : Ġ2* </s>* Ġ", processor)
     assert encoded.num_images == 0
     assert encoded.image_inputs == {}
 
@@ -111,7 +111,7 @@ def test_text_without_image(encoder: Encoder, processor: LlavaProcessor) -> None
 def test_a_blank_that_the_model_has_to_write_is_learnt(encoder: Encoder, processor: LlavaProcessor) -> None:
     """Where the blank after `ASSISTANT:` is a token of its own, generation starts with it, so it must be learnt."""
     encoded = encoder.encode(make_sample(("user", "Q"), ("assistant", "你")))
-    check(encoded, "<s> USER : Ġ Q ĠASSISTANT : Ġ* ä* ½* ł* </s>* Ġ", processor)
+    check_encoding(encoded, "<s> USER : Ġ Q ĠASSISTANT : Ġ* ä* ½* ł* </s>* Ġ", processor)
 
 
 def test_a_template_that_writes_the_end_itself(
@@ -121,7 +121,7 @@ def test_a_template_that_writes_the_end_itself(
     image = write_image(tmp_path / "a.png")
     encoded = ending_encoder.encode(make_sample(("user", ["What", image, "is it?"]), ("assistant", "red 2")))
     user, assistant = "[ u s er ] Ċ", "[ a ss istan t ] Ċ"
-    check(
+    check_encoding(
         encoded,
         f"<s> {user} What {IMAGE} is Ġi t ? </s> Ċ {assistant} re* d* Ġ2* </s>* Ċ",
         ending_processor,
@@ -218,7 +218,7 @@ def test_the_tokenizers_template_serves_where_the_processor_has_none(processor: 
     other.tokenizer.chat_template, other.chat_template = other.chat_template, None
     sample = make_sample(("user", "Q"), ("assistant", "2"))
     encoded = Encoder(other, LlavaFamily(), max_length=99).encode(sample)
-    check(encoded, "<s> USER : Ġ Q ĠASSISTANT : Ġ2* </s>* Ġ", processor)
+    check_encoding(encoded, "<s> USER : Ġ Q ĠASSISTANT : Ġ2* </s>* Ġ", processor)
 
 
 def test_what_generation_needs_of_the_tokenizer(encoder: Encoder, processor: LlavaProcessor) -> None:
