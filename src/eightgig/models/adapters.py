@@ -44,7 +44,7 @@ def attach_adapters(loaded: LoadedModel, config: TrainingConfig) -> None:
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive_seed(config.seed, "lora"))
-        loaded.model = get_peft_model(loaded.model, _peft_config(lora, pattern), autocast_adapter_dtype=True)
+        loaded.model = get_peft_model(loaded.model, _peft_config(lora, pattern, config.model.revision))
     num_adapted = sum(isinstance(module, LoraLayer) for module in loaded.model.modules())
     if num_adapted != len(targets):
         raise UnsupportedModel(
@@ -54,11 +54,6 @@ def attach_adapters(loaded: LoadedModel, config: TrainingConfig) -> None:
         )
     loaded.receipt = make_receipt(loaded.model, loaded.spec, config)
     loaded.receipt.check()
-
-
-def trainable_parameters(model: Any) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name, in the order of the names."""
-    return dict(sorted((name, value) for name, value in model.named_parameters() if value.requires_grad))
 
 
 def target_paths(model: nn.Module, pattern: str) -> list[str]:
@@ -88,13 +83,15 @@ def target_paths(model: nn.Module, pattern: str) -> list[str]:
     return matched
 
 
-def check_gradients(model: Any) -> None:
+def check_gradients(model: Any, *, is_scaled: bool = False) -> None:
     """Raise EnvironmentProblem unless the first backward reached what is trained, and nothing else.
 
     Each trainable parameter must have a finite gradient, and no frozen one any. A LoRA A matrix has a gradient of
     zeros while B is zero, so it is the B matrices that must not all be zero, for each kind of layer.
 
-    Call it on unscaled gradients; where a gradient scaler found an overflow and skips the step, wait for the next.
+    Args:
+        model: the model after backward, before the optimizer's step; gradients summed over processes.
+        is_scaled: a gradient scaler is at work: an overflow is then its business, and no error.
     """
     largest_by_kind: dict[str, float] = {}
     for name, parameter in model.named_parameters():
@@ -104,7 +101,7 @@ def check_gradients(model: Any) -> None:
             continue
         if parameter.grad is None:
             raise _gradient_error(f"the trainable parameter {name} got no gradient")
-        if not bool(torch.isfinite(parameter.grad).all()):
+        if not is_scaled and not bool(torch.isfinite(parameter.grad).all()):
             raise _gradient_error(f"the gradient of {name} holds NaN or infinite values")
         kind = _kind(name)
         if kind is not None:
@@ -132,9 +129,14 @@ def _gradient_error(found: str) -> EnvironmentProblem:
     )
 
 
-def _peft_config(lora: LoRAConfig, pattern: str) -> LoraConfig:
+def _peft_config(lora: LoRAConfig, pattern: str, revision: str | None) -> LoraConfig:
     return LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=pattern, bias="none"
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=pattern,
+        bias="none",
+        revision=revision,  # of the base model, so that a later reload takes the same weights
     )
 
 

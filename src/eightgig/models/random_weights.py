@@ -74,12 +74,16 @@ def _fill(model: nn.Module, seed: int, device: torch.device, dtype: torch.dtype)
                 continue
             done.add(id(parameter))
             full_name = f"{path}.{name}" if path else name
-            # A 4-bit layer on meta has its weight's own shape until it is quantised.
-            values = random_tensor(full_name, parameter.shape, seed=seed, device=device, dtype=dtype)
-            if isinstance(parameter, bnb.nn.Params4bit):
-                filled: nn.Parameter = bnb.nn.Params4bit(values, requires_grad=False, **parameter.__dict__).to(device)
-            else:
-                filled = nn.Parameter(values, requires_grad=False)
-            setattr(module, name, filled)
+            setattr(module, name, _filled(parameter, full_name, seed, device, dtype))
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
+
+
+def _filled(parameter: nn.Parameter, name: str, seed: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
+    """The random weight in place of `parameter` on meta; its 16-bit values are freed on return if it is 4-bit."""
+    # A 4-bit layer on meta has its weight's own shape until it is quantised.
+    values = random_tensor(name, parameter.shape, seed=seed, device=device, dtype=dtype)
+    if isinstance(parameter, bnb.nn.Params4bit):
+        quantised: nn.Parameter = bnb.nn.Params4bit(values, requires_grad=False, **parameter.__dict__).to(device)
+        return quantised
+    return nn.Parameter(values, requires_grad=False)

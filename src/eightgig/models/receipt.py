@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +112,16 @@ class Receipt:
             expected=f"{self.asked}, as the configuration says",
             next_step="if the folder holds weights that are quantised already, give the 16-bit original as model.name; "
             "else report this with the versions of transformers and bitsandbytes",
+        )
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Receipt:
+        """The receipt that `to_json` gave."""
+        return cls(
+            model=value["model"],
+            asked=value["asked"],
+            rows=tuple(ReceiptRow(**row) for row in value["rows"]),
+            mismatches=tuple(Mismatch(**mismatch) for mismatch in value["mismatches"]),
         )
 
     def to_json(self) -> dict[str, Any]:
