@@ -16,13 +16,15 @@ CUDA = torch.device("cuda", 0)
 @pytest.fixture
 def fractions(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     calls: list[float] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=24 * 1024**3))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: calls.append(share))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, index: calls.append(share + index))
     return calls
 
 
-def test_the_cap_becomes_a_share_of_the_card(fractions: list[float]) -> None:
-    limit_allocator(CUDA, 6.0)
+@pytest.mark.parametrize("device", [CUDA, torch.device("cuda")])
+def test_the_cap_becomes_a_share_of_the_card(device: torch.device, fractions: list[float]) -> None:
+    limit_allocator(device, 6.0)
     assert fractions == [0.25]
 
 

@@ -8,14 +8,14 @@ import re
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from accelerate import init_empty_weights
-from tiny_training import load_tiny, tiny_config
 from transformers import AutoModelForImageTextToText
 
+import tiny
 from eightgig import registry
 from eightgig.models.receipt import make_receipt
+from tiny_training import load_tiny, tiny_config
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "is-it-really-4bit.md").read_text(encoding="utf-8")
 

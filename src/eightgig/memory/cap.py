@@ -30,11 +30,12 @@ def limit_allocator(device: torch.device, cap_gib: float | None) -> None:
             source="memory",
             next_step="leave hardware.cap_gib (--cap-gib) out, or run on a GPU",
         )
-    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    index = torch.cuda.current_device() if device.index is None else device.index
+    total_bytes = torch.cuda.get_device_properties(index).total_memory
     if cap_gib * GIB > total_bytes:
         raise ConfigError(
             [Problem("hardware.cap_gib", f"{cap_gib:g}", f"at most the card's {total_bytes / GIB:.2f} GiB")],
             source="memory",
             next_step="lower hardware.cap_gib (--cap-gib), or leave it out",
         )
-    torch.cuda.set_per_process_memory_fraction(cap_gib * GIB / total_bytes, device)
+    torch.cuda.set_per_process_memory_fraction(cap_gib * GIB / total_bytes, index)
