@@ -185,3 +185,24 @@ def test_the_module_exits_with_the_commands_code() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: nope: 1 problem in the configuration")
     assert done.stdout == ""
+
+
+def test_a_log_is_free_of_what_a_user_can_not_act_on() -> None:
+    script = (
+        "import logging, sys, warnings\n"
+        "from eightgig.cli.session import start_logging\n"
+        "start_logging(debug=sys.argv[1] == 'debug')\n"
+        "from tqdm import tqdm\n"
+        "list(tqdm(range(3)))\n"
+        "logging.getLogger('bitsandbytes.backends').warning('no kernels')\n"
+        "warnings.warn_explicit('old', FutureWarning, 'x.py', 1, module='transformers.modeling_utils')\n"
+        "warnings.warn_explicit('ours', FutureWarning, 'y.py', 1, module='eightgig.train.loop')\n"
+        "logging.getLogger('eightgig.data').warning('ours too')\n"
+    )
+
+    def stderr_of(mode: str) -> str:
+        done = subprocess.run([sys.executable, "-c", script, mode], capture_output=True, text=True, check=True)
+        return done.stderr
+
+    assert stderr_of("usual") == "y.py:1: FutureWarning: ours\nours too\n"
+    assert {"no kernels", "x.py:1: FutureWarning: old"} <= set(stderr_of("debug").splitlines())

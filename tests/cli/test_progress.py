@@ -48,7 +48,7 @@ def test_plain_lines_say_everything_without_control_characters() -> None:
     assert re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text) is None
     assert text.splitlines() == [
         "computing in fp16: this card has no native bf16 [/]",
-        "QLORA of llava-1.5-7b on cuda, 400 steps",
+        "QLoRA of llava-1.5-7b on cuda, 400 steps",
         "data        6,400 training and 200 validation samples",
         "trainable   20 M of 7.06 B parameters (0.283 %)",
         f"run folder  {FOLDER}",
@@ -94,8 +94,8 @@ def test_what_is_special_about_a_run_is_said() -> None:
     PlainListener(Session(), stream).on_start(start)
     text = stream.getvalue()
     assert "400 steps, going on at step 51" in text
-    assert "left out    3 bad samples" in text
-    assert "cut         1,200 samples" in text
+    assert "left out    3 of the samples" in text
+    assert "cut         1,200 of the samples" in text
     assert "note        fp16, not bf16" in text
 
 

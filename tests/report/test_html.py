@@ -50,7 +50,7 @@ def test_the_page_is_well_formed_and_says_every_headline_number(folder: Path) ->
     top = page.text()
     for said in (
         "llava-1.5-7b",
-        "QLORA on NVIDIA GeForce RTX 4060 · 6,400 training and 200 validation samples",
+        "QLoRA on NVIDIA GeForce RTX 4060 · 6,400 training and 200 validation samples",
         "started 2026-11-24 06:00:00 UTC",
         RUN["command"],
         "0 % → 87.5 % of 8 validation samples answered in words",
@@ -229,7 +229,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     rewrite(tmp_path, "config.json", CONFIG)
     page = render(tmp_path)
     assert "the GPU ran out of memory" in page.text()
-    assert "failed QLORA on an unknown device" in page.text()
+    assert "failed QLoRA on an unknown device" in page.text()
     assert "→" not in page.text(), "no number was measured, so none is shown"
 
 

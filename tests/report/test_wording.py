@@ -6,7 +6,15 @@ import math
 
 import pytest
 
-from eightgig.report.wording import format_count, format_duration, format_moment, format_number, format_share
+from eightgig.config import TrainingMethod
+from eightgig.report.wording import (
+    format_count,
+    format_duration,
+    format_method,
+    format_moment,
+    format_number,
+    format_share,
+)
 
 
 @pytest.mark.parametrize(
@@ -57,3 +65,7 @@ def test_numbers(value: float | None, text: str) -> None:
 )
 def test_moments(moment: str | None, text: str) -> None:
     assert format_moment(moment) == text
+
+
+def test_every_method_has_a_name() -> None:
+    assert [format_method(method) for method in TrainingMethod] == ["QLoRA", "LoRA", "full fine-tuning"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from eightgig.core.units import format_bytes
-from eightgig.report.wording import format_count, format_duration, format_number, format_share
+from eightgig.report.wording import format_count, format_duration, format_method, format_number, format_share
 
 if TYPE_CHECKING:
     from eightgig.train.events import RunStart
@@ -20,16 +20,16 @@ def start_lines(start: RunStart) -> list[str]:
     first = f", going on at step {start.first_step}" if start.first_step > 1 else ""
     trainable = f"{100 * start.num_trainable_parameters / start.num_parameters:.3g} %"
     lines = [
-        f"{start.method.upper()} of {start.model} on {start.device}, {start.steps_planned:,} steps{first}",
+        f"{format_method(start.method)} of {start.model} on {start.device}, {start.steps_planned:,} steps{first}",
         f"data        {start.num_train_samples:,} training and {start.num_validation_samples:,} validation samples",
         f"trainable   {format_count(start.num_trainable_parameters)} of {format_count(start.num_parameters)} "
         f"parameters ({trainable})",
         f"run folder  {start.run_folder}",
     ]
     if start.num_quarantined:
-        lines.append(f"left out    {start.num_quarantined:,} bad samples, each with its reason in quarantine.jsonl")
+        lines.append(f"left out    {start.num_quarantined:,} of the samples; quarantine.jsonl says why")
     if start.num_cut_samples:
-        lines.append(f"cut         {start.num_cut_samples:,} samples whose text is longer than data.max_length")
+        lines.append(f"cut         {start.num_cut_samples:,} of the samples to data.max_length text tokens")
     if start.precision_note:
         lines.append(f"note        {start.precision_note}")
     return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pathlib import Path
 import typer
 
 from eightgig.core.logging import ROOT_LOGGER
+
+_OTHER_PACKAGES = r"(transformers|peft|bitsandbytes|accelerate|torch|huggingface_hub)\b"
 
 
 @dataclass
@@ -52,7 +55,16 @@ def stoppable() -> Iterator[None]:
 
 
 def start_logging(*, debug: bool) -> None:
-    """Send the package's log to stderr: warnings, and everything with `debug`."""
+    """Send the package's log to stderr: warnings, and everything with `debug`; quieten what users can't act on.
+
+    Must be called before the packages that it quietens are imported.
+    """
+    if not debug:
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module=_OTHER_PACKAGES)
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels that aren't installed
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars are made of control characters, which spoil a log
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s" if debug else "%(message)s"))
     logger = logging.getLogger(ROOT_LOGGER)

@@ -57,7 +57,7 @@ def loss_chart(records: RunRecords) -> Chart | None:
         series.append(Series(f"training, mean of {window} steps", trailing_mean(training, window), "train"))
     if validation:
         series.append(Series("validation", validation, "validation", has_markers=True))
-    return _chart("Loss", "loss per target token (nats)", series, sizes_px=(_WIDE_PX, _NARROW_PX), from_zero=True)
+    return _chart("Loss", "loss per target token (nats)", series, sizes_px=(_WIDE_PX, _NARROW_PX))
 
 
 def small_charts(records: RunRecords) -> list[Chart]:
@@ -74,7 +74,7 @@ def small_charts(records: RunRecords) -> list[Chart]:
             unit,
             [Series(title, line, css, has_markers=dots)],
             sizes_px=(_SMALL_PX, _SMALL_NARROW_PX),
-            from_zero=True,
+            axis_holds=100.0 if unit == "%" else 0.0,
         )
         for title, unit, line, css, dots in wanted
         if line
@@ -94,11 +94,18 @@ def memory_bar(rows: Sequence[tuple[str, int]], whole_bytes: int) -> Chart:
 
 
 def _chart(
-    title: str, unit: str, series: Sequence[Series], *, sizes_px: tuple[tuple[int, int], ...], from_zero: bool
+    title: str,
+    unit: str,
+    series: Sequence[Series],
+    *,
+    sizes_px: tuple[tuple[int, int], ...],
+    axis_holds: float = 0.0,
 ) -> Chart:
+    """The chart of `series`; its y axis holds 0, all values and `axis_holds`."""
+    values = [axis_holds, *(point[1] for line in series for point in line.points)]
+    y_axis = nice_axis(values, unit, num_ticks=4, from_zero=True)
     x_axis = step_axis((point[0] for line in series for point in line.points), STEP_LABEL)
     few_ticks = step_axis((x_axis.low, x_axis.high), STEP_LABEL, num_ticks=4)
-    y_axis = nice_axis((point[1] for line in series for point in line.points), unit, num_ticks=4, from_zero=from_zero)
     wide_px, narrow_px = sizes_px
     return Chart(
         title=title,

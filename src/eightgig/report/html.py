@@ -20,7 +20,7 @@ from eightgig.report.view import (
     setting_sections,
     summary_tiles,
 )
-from eightgig.report.wording import format_count, format_moment, format_number, format_share
+from eightgig.report.wording import format_count, format_method, format_moment, format_number, format_share
 
 _NOT_YET_KNOWN: dict[str, Any] = {  # what run.json lacks of a run that ended early
     "status": "unknown",
@@ -98,7 +98,12 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        bytes=format_bytes, count=format_count, moment=format_moment, number=format_number, share=format_share
+        bytes=format_bytes,
+        count=format_count,
+        method=format_method,
+        moment=format_moment,
+        number=format_number,
+        share=format_share,
     )
     environment.globals.update(style=Markup(_package_text("style.css")), svg=Markup)
     return environment.get_template("template.html.j2")

@@ -27,6 +27,11 @@ def format_share(share: float | None) -> str:
     return f"{100 * share:.1f}".removesuffix(".0") + " %"
 
 
+def format_method(method: str) -> str:
+    """The name of a training method as people write it: `QLoRA`, `LoRA`, `full fine-tuning`."""
+    return {"qlora": "QLoRA", "lora": "LoRA", "full": "full fine-tuning"}[method]
+
+
 def format_count(count: int | None) -> str:
     """`count` short: `7.06 B`, `20.0 M`, and in full below ten thousand; `–` where there is none."""
     if count is None:
