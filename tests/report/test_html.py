@@ -20,6 +20,7 @@ from report_run_folders import (
     VERIFICATION,
     draw_bars,
     step_record,
+    validation_record,
     write_jsonl,
     write_run,
 )
@@ -115,6 +116,13 @@ def test_curves_are_drawn_from_the_records(folder: Path) -> None:
         assert name in titles
     assert "Learning rate" in titles
     assert "Lowest validation loss: 0.2287 at step 200" in titles
+
+
+def test_exact_match_is_drawn_on_the_whole_scale(folder: Path) -> None:
+    rows = [validation_record(step, exact_match=0.0) for step in (0, 1)]
+    write_jsonl(folder / "metrics.jsonl", [step_record(1), *rows])
+    page = render(folder)
+    assert "% optimizer step 0 50 100 0 1" in page.text("curves")
 
 
 def test_pictures_stand_with_question_and_answers(folder: Path) -> None:
