@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from eightgig.data.encode import Encoder
 from eightgig.data.order import StepOrder
 from eightgig.data.quarantine import SampleProblem
 from eightgig.data.sample import Sample
+
+# How torch's DataLoader words it, by whether it finds the worker gone or its signal handler is told so.
+_WORKER_ENDED = re.compile(r"DataLoader worker .*(exited unexpectedly|killed by signal)")
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ def _next_batch(batches: Iterator[MicroBatch | _Failure]) -> MicroBatch:
     try:
         batch = next(batches)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error) or "exited unexpectedly" not in str(error):
+        if not _WORKER_ENDED.search(str(error)):
             raise
         raise EnvironmentProblem(
             f"a data worker was ended by the system: {str(error).splitlines()[0]}",
