@@ -65,6 +65,7 @@ def _saved(tmp_path: Path, config: TrainingConfig) -> tuple[ReloadPlan, Path]:
     [
         ({}, "bf16", "plain transformers and peft"),
         ({"data": {"image_size": 48}}, "fp32", "positions interpolated"),
+        ({"training": {"method": "full", "lora": None}}, "bf16", "plain transformers: from_pretrained"),
         ({"model": {"random_weights_seed": 3}}, "fp32", "rebuilt with random weights 3"),
         ({"training": {"method": "full", "lora": None}}, "fp32", "plain transformers: from_pretrained"),
         (
@@ -73,7 +74,7 @@ def _saved(tmp_path: Path, config: TrainingConfig) -> tuple[ReloadPlan, Path]:
             "plain transformers: from_pretrained",
         ),
     ],
-    ids=["qlora", "other image size", "random weights", "full", "full at another image size"],
+    ids=["qlora", "other image size", "full asked in bf16", "random weights", "full", "full at another image size"],
 )
 def test_a_reload_gives_the_trained_models_logits(tmp_path: Path, sections: dict, precision: str, how: str) -> None:
     plan, reference = _saved(tmp_path, tiny_config(sections, precision=precision))
@@ -122,7 +123,7 @@ def test_a_failing_process_shows_its_last_lines(tmp_path: Path) -> None:
 
 
 def test_a_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = ReloadPlan("x", None, None, "saved", "float32", "float32", "cpu", None, None, None, 1e-4)
+    plan = ReloadPlan("x", None, None, "saved", "float32", "cpu", None, None, None, 1e-4)
     program = tmp_path / "sleeper"
     program.write_text("#!/bin/sh\nexec sleep 30\n")
     program.chmod(0o755)

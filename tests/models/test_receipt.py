@@ -13,7 +13,7 @@ from torch import nn
 
 import tiny
 from eightgig.core.errors import UnsupportedModel
-from eightgig.models.receipt import GROUPS, make_receipt
+from eightgig.models.receipt import GROUPS, Receipt, make_receipt
 from tiny_training import load_tiny, tiny_config
 
 
@@ -115,6 +115,7 @@ def test_other_settings_than_asked_fail_the_check(folder: Path) -> None:
 def test_json_holds_rows_and_totals(folder: Path) -> None:
     receipt = load_tiny(folder, tiny_config(), adapters=True).receipt
     data = json.loads(json.dumps(receipt.to_json()))
+    assert Receipt.from_json(data) == receipt
     assert data["bytes_now"] == sum(row["bytes_now"] for row in data["rows"])
     assert data["mismatches"] == []
     assert {row["group"] for row in data["rows"]} == set(GROUPS) - {"other"}
@@ -129,3 +130,4 @@ def test_integer_weights_of_another_method_are_named_by_their_dtype(folder: Path
     loaded.model.set_submodule("model.language_model.layers.0.mlp.up_proj", layer)
     receipt = make_receipt(loaded.model, loaded.spec, config)
     assert [mismatch.found for mismatch in receipt.mismatches] == ["int8"]
+    assert Receipt.from_json(json.loads(json.dumps(receipt.to_json()))) == receipt

@@ -16,6 +16,7 @@ from torch import Tensor
 from eightgig.core.files import explained_write_errors
 from eightgig.data.batch import IGNORE_INDEX, MicroBatch
 from eightgig.models.load import LoadedModel
+from eightgig.registry.family import base_model
 
 MAX_POSITIONS = 64  # a batch; a position's logits take 128 KB at a vocabulary of 32 k
 
@@ -42,10 +43,12 @@ def write_reference(loaded: LoadedModel, batches: Sequence[MicroBatch], path: Pa
     rows' last tokens. The model is left in eval mode.
     """
     loaded.model.eval()
+    tower = base_model(loaded.model).get_submodule(loaded.spec.family.modules.vision_tower)
+    weight_dtype = next(tower.parameters()).dtype
     tensors: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
         positions = compared_positions(batch)
-        moved = batch.to(loaded.device, loaded.precision.compute_dtype)
+        moved = batch.to(loaded.device, weight_dtype)
         with torch.no_grad():
             hidden = loaded.spec.family.hidden_states(loaded.model, moved.model_inputs)
             rows, columns = positions.to(loaded.device).unbind(dim=1)

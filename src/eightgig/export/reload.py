@@ -104,7 +104,7 @@ def _differences(model: Any, plan: ReloadPlan, reference: Path) -> tuple[float, 
 
 def _logits(model: Any, plan: ReloadPlan, inputs: Any, positions: Tensor) -> Tensor:
     moved = {
-        name: tensor.to(plan.device, dtype=getattr(torch, plan.input_dtype) if tensor.is_floating_point() else None)
+        name: tensor.to(plan.device, dtype=getattr(torch, plan.dtype) if tensor.is_floating_point() else None)
         for name, tensor in inputs.items()
     }
     rows, columns = positions.to(plan.device).unbind(dim=1)

@@ -39,8 +39,7 @@ class ReloadPlan:
         base: what `from_pretrained` is given for the base model, folder or hub id; None where `saved` is whole.
         random_weights_seed: where the base has random weights: their seed; it is then rebuilt, since it exists nowhere.
         saved: the folder of the adapter, or of the whole model.
-        dtype: name of the torch dtype of weights that are not 4-bit.
-        input_dtype: name of the torch dtype of pixel values.
+        dtype: name of the torch dtype of pixel values and of weights that are not 4-bit.
         quantization: `BitsAndBytesConfig.to_dict()`, or None.
         vision_tower: path of the tower, where its positions must be interpolated on the fly; else None.
         cap_gib: limit of what PyTorch may reserve on the GPU.
@@ -51,7 +50,6 @@ class ReloadPlan:
     random_weights_seed: int | None
     saved: str
     dtype: str
-    input_dtype: str
     device: str
     quantization: dict[str, Any] | None
     vision_tower: str | None
@@ -95,7 +93,6 @@ def reload_plan(
         random_weights_seed=None if is_full else config.model.random_weights_seed,
         saved=str(saved),
         dtype=_name(weight_dtype(config.training.method, device, precision)),
-        input_dtype=_name(precision.compute_dtype),
         device=str(device),
         quantization=None if quantization is None else quantization.to_dict(),
         vision_tower=spec.family.modules.vision_tower if interpolates else None,

@@ -83,15 +83,14 @@ def target_paths(model: nn.Module, pattern: str) -> list[str]:
     return matched
 
 
-def check_gradients(model: Any, *, is_scaled: bool = False) -> None:
+def check_gradients(model: Any) -> None:
     """Raise EnvironmentProblem unless the first backward reached what is trained, and nothing else.
 
     Each trainable parameter must have a finite gradient, and no frozen one any. A LoRA A matrix has a gradient of
     zeros while B is zero, so it is the B matrices that must not all be zero, for each kind of layer.
 
-    Args:
-        model: the model after backward, before the optimizer's step; gradients summed over processes.
-        is_scaled: a gradient scaler is at work: an overflow is then its business, and no error.
+    Call it before the optimizer's step, on gradients that are unscaled and summed over processes; where a gradient
+    scaler found an overflow and skips the step, wait for the next.
     """
     largest_by_kind: dict[str, float] = {}
     for name, parameter in model.named_parameters():
@@ -101,7 +100,7 @@ def check_gradients(model: Any, *, is_scaled: bool = False) -> None:
             continue
         if parameter.grad is None:
             raise _gradient_error(f"the trainable parameter {name} got no gradient")
-        if not is_scaled and not bool(torch.isfinite(parameter.grad).all()):
+        if not bool(torch.isfinite(parameter.grad).all()):
             raise _gradient_error(f"the gradient of {name} holds NaN or infinite values")
         kind = _kind(name)
         if kind is not None:
