@@ -16,7 +16,7 @@ import tiny
 import tiny_training
 from eightgig import registry
 from eightgig.config import MixedPrecision
-from eightgig.core.errors import CheckpointError, ConfigError, DoesNotFit, UnsupportedModel
+from eightgig.core.errors import CheckpointError, ConfigError, DoesNotFit, EnvironmentProblem, UnsupportedModel
 from eightgig.models import load
 from eightgig.models.precision import choose_precision
 from tiny_training import CPU, load_tiny, tiny_config, tiny_inputs
@@ -130,6 +130,31 @@ def test_a_folder_without_weights_says_so(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(UnsupportedModel, match=r"has a config\.json but no weights"):
         load_tiny(tmp_path / "copy", tiny_config())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("*processor_config.json", r"has no image processor settings \(processor_config\.json or preprocessor_config"),
+        ("tokenizer.json", r"has no tokenizer \(tokenizer\.json or tokenizer\.model\)"),
+    ],
+)
+def test_a_folder_without_processor_files_says_which(folder: Path, tmp_path: Path, pattern: str, message: str) -> None:
+    shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns(pattern))
+    with pytest.raises(UnsupportedModel, match=message):
+        load_tiny(tmp_path / "copy", tiny_config())
+
+
+def test_a_processor_that_the_hub_does_not_hand_out_is_explained() -> None:
+    """Offline (as all tests are): a registry model whose files are not in the cache."""
+    with pytest.raises(EnvironmentProblem, match=r"llava-1\.5-7b-hf is not on this machine, and HF_HUB_OFFLINE"):
+        load.load_processor(tiny_config(), registry.get("llava-1.5-7b"))
+
+
+def test_weights_that_the_hub_does_not_hand_out_are_explained() -> None:
+    precision = choose_precision(MixedPrecision.FP32, CPU)
+    with pytest.raises(EnvironmentProblem, match=r"llava-1\.5-13b-hf is not on this machine, and HF_HUB_OFFLINE"):
+        load.load_model(tiny_config(), registry.get("llava-1.5-13b"), CPU, precision)
 
 
 def test_a_cut_off_weights_file_is_called_damaged(folder: Path, tmp_path: Path) -> None:

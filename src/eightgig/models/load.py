@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from eightgig.registry import ModelSpec
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")
+PROCESSOR_FILES = {
+    "image processor settings": ("processor_config.json", "preprocessor_config.json"),
+    "tokenizer": ("tokenizer.json", "tokenizer.model"),
+}
 MAX_NAMED_KEYS = 3
 
 
@@ -99,10 +103,18 @@ def weight_dtype(method: TrainingMethod, device: torch.device, precision: Precis
 
 
 def load_processor(config: TrainingConfig, spec: ModelSpec) -> Any:
-    """The model's processor; a stand-in where the weights are random and there is no folder to read one from."""
+    """The model's processor; a stand-in where the weights are random and there is no folder to read one from.
+
+    Raises:
+        UnsupportedModel: the folder lacks files of it, or the repository has none.
+        EnvironmentProblem: the hub can't be reached, or does not hand the model out.
+    """
     if config.model.random_weights_seed is not None and spec.facts.folder is None:
         return spec.family.build_processor(spec.facts)
-    return AutoProcessor.from_pretrained(spec.location, **_revision(config, spec))
+    if spec.facts.folder is not None:
+        _check_processor_files(spec.facts.folder)
+    with explained_hub_errors(spec.location, config.model.revision):
+        return AutoProcessor.from_pretrained(spec.location, **_revision(config, spec))
 
 
 def without_graph_when_frozen(module: nn.Module) -> None:
@@ -179,6 +191,17 @@ def _explained_load_errors(config: TrainingConfig, spec: ModelSpec, device: torc
             expected="room for the weights and some more for a training step",
             next_step="use load_in_4bit=true or a smaller model, close other programs on the GPU, or raise the cap",
         ) from error
+
+
+def _check_processor_files(folder: Path) -> None:
+    """Raise UnsupportedModel unless image settings and a tokenizer are there; transformers would look at the hub."""
+    for kind, names in PROCESSOR_FILES.items():
+        if not any((folder / name).is_file() for name in names):
+            raise UnsupportedModel(
+                f"{folder} has no {kind} ({' or '.join(names)})",
+                expected="the processor's files beside the weights, as save_pretrained or `hf download` writes them",
+                next_step="copy them from the model's own repository into the folder",
+            )
 
 
 def _freeze(model: Any, spec: ModelSpec, method: TrainingMethod) -> None:
