@@ -1,0 +1,212 @@
+#!/usr/bin/env python3
+"""Fill the tables of README.md and README.zh-CN.md from the code and from `benchmarks/results/*.json`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `presets` and `models` come from the code; any other
+NAME from the records whose `name` is NAME or begins with `NAME-`: a row for each of `figures["rows"]`, or one for
+`figures` if it has no rows. A test fails where a README differs from what this script writes.
+
+usage: python scripts/readme_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from eightgig import registry
+from eightgig.config import ConfigPresets
+from eightgig.core.units import format_bytes
+from eightgig.report.wording import format_count, format_duration, format_share
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+OWN_LICENCE = "Apache-2.0"  # of the packaged model: its weights were trained here
+MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+CHINESE = {
+    "preset": "预设",
+    "for cards of": "适用显存",
+    "method": "方法",
+    "rank": "秩",
+    "batch": "批大小",
+    "text tokens": "文本 token 数",
+    "image size": "图像边长",
+    "the model's own": "模型自身",
+    "model": "模型",
+    "weights from": "权重来源",
+    "in the package": "随包附带",
+    "licence": "许可证",
+    "parameters": "参数量",
+    "image tokens": "图像 token 数",
+    "not measured yet": "尚未测量",
+    "device": "设备",
+    "date": "日期",
+    "seed": "种子",
+    "before": "训练前",
+    "after": "训练后",
+    "images": "图像数",
+    "training": "训练时间",
+    "steps": "步数",
+    "peak memory": "峰值显存",
+    "speed": "速度",
+    "trainer": "训练器",
+}
+"""What the tables say in English -> in Chinese. Every English word of a table must stand here."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of the records that a table shows: its key, its heading, and how its values are written."""
+
+    key: str
+    heading: str
+
+    def written(self, value: Any) -> str:
+        """`value` as its key's unit says."""
+        if value is None:
+            return "–"
+        if self.key.startswith("exact_match"):
+            return format_share(value)
+        if self.key.endswith("_bytes"):
+            return format_bytes(value)
+        if self.key.endswith("tokens_per_s"):
+            return f"{value:,.0f} tokens/s"
+        if self.key.endswith("_s"):
+            return format_duration(value)
+        return f"{value:,}" if isinstance(value, int) else f"`{value}`"
+
+
+COLUMNS = (
+    Column("model", "model"),
+    Column("trainer", "trainer"),
+    Column("seed", "seed"),
+    Column("exact_match_before", "before"),
+    Column("exact_match_after", "after"),
+    Column("num_images", "images"),
+    Column("num_steps", "steps"),
+    Column("train_s", "training"),
+    Column("peak_reserved_bytes", "peak memory"),
+    Column("tokens_per_s", "speed"),
+)
+"""Figures that tables show, in their order; a table has those that any of its rows has."""
+
+
+def fill(text: str, *, chinese: bool) -> str:
+    """`text` of a README with every table between its marks made anew."""
+
+    def replaced(match: re.Match[str]) -> str:
+        rows = table_rows(match[2])
+        said = [[_translated(cell) for cell in row] for row in rows] if chinese else rows
+        return f"{match[1]}{_markdown(said)}{match[3]}"
+
+    return MARKED.sub(replaced, text)
+
+
+def table_rows(name: str) -> list[list[str]]:
+    """Heading and rows of the table `name`, in English."""
+    if name == "presets":
+        return _preset_rows()
+    if name == "models":
+        return _model_rows()
+    return record_rows(read_records(name))
+
+
+def read_records(name: str) -> list[Mapping[str, Any]]:
+    """The records of table `name`, by the names of their files."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    return [record for record in records if re.fullmatch(rf"{re.escape(name)}(-.*)?", record.get("name", ""))]
+
+
+def record_rows(records: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """A table of what the records measured; one cell that says so where nothing is measured yet."""
+    rows = [(record, row) for record in records for row in record["figures"].get("rows", [record["figures"]])]
+    if not rows:
+        return [["not measured yet"]]
+    shown = [column for column in COLUMNS if any(column.key in row for _, row in rows)]
+    heading = [*(column.heading for column in shown), "device", "date"]
+    return [
+        heading,
+        *(
+            [
+                *(column.written(row.get(column.key)) for column in shown),
+                f"`{record['device']['name']}`",
+                record["date"],
+            ]
+            for record, row in rows
+        ),
+    ]
+
+
+def _preset_rows() -> list[list[str]]:
+    rows = [["preset", "for cards of", "method", "rank", "batch", "text tokens", "image size"]]
+    for name in ConfigPresets.names():
+        config = getattr(ConfigPresets, name)()
+        training = config.training
+        rows.append(
+            [
+                f"`{name}`",
+                f"{ConfigPresets.card(name).card_gib} GB",
+                f"`{training.method.value}`",
+                "–" if training.lora is None else str(training.lora.rank),
+                f"{training.batch_size} × {training.gradient_accumulation_steps}",
+                str(config.data.max_length),
+                "the model's own" if config.data.image_size is None else f"{config.data.image_size} px",
+            ]
+        )
+    return rows
+
+
+def _model_rows() -> list[list[str]]:
+    rows = [["model", "weights from", "licence", "parameters", "image size", "image tokens"]]
+    for spec in registry.all_specs():
+        facts = spec.facts
+        num_image_tokens = spec.family.num_image_tokens(facts, None, width_px=facts.image_px, height_px=facts.image_px)
+        rows.append(
+            [
+                f"`{facts.name}`",
+                "in the package" if facts.hub_id is None else f"`{facts.hub_id}`",
+                f"`{OWN_LICENCE if facts.hub_id is None else facts.licence}`",
+                format_count(facts.num_parameters or _count_parameters(Path(spec.location))),
+                f"{facts.image_px} px",
+                str(num_image_tokens),
+            ]
+        )
+    return rows
+
+
+def _count_parameters(folder: Path) -> int:
+    """The parameters in the safetensors files of `folder`, by their headers."""
+    counts = []
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="np") as weights:
+            counts += [math.prod(weights.get_slice(name).get_shape()) for name in weights.keys()]  # noqa: SIM118
+    return sum(counts)
+
+
+def _translated(cell: str) -> str:
+    """`cell` in Chinese; code, numbers and dates stay."""
+    return cell if re.fullmatch(r"`[^`]*`|[\d–].*", cell) else CHINESE[cell]
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    if len(rows) == 1:
+        return f"*{rows[0][0]}*\n"
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
+
+
+def main() -> None:
+    """Fill both READMEs."""
+    for path, chinese in ((ROOT / "README.md", False), (ROOT / "README.zh-CN.md", True)):
+        path.write_text(fill(path.read_text(encoding="utf-8"), chinese=chinese), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The tables of the READMEs are what code and records say, and their commands are what the command line takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from cli_events import RECEIPT, Calls, run, run_outcome
+
+ROOT = Path(__file__).resolve().parents[2]
+READMES = ("README.md", "README.zh-CN.md")
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    """scripts/readme_tables.py."""
+    specification = importlib.util.spec_from_file_location("readme_tables", ROOT / "scripts" / "readme_tables.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["readme_tables"] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module
+
+
+def record(name: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """A record as `benchmarks/record.py` writes it."""
+    return {"name": name, "date": "2026-11-24", "device": {"name": "NVIDIA X | Y"}, "figures": figures}
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_tables_have_not_drifted(name: str, tables: ModuleType) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert text == tables.fill(text, chinese=name != "README.md"), "run `python scripts/readme_tables.py`"
+    assert len(tables.MARKED.findall(text)) == 4
+
+
+def test_a_record_becomes_rows_with_units(tables: ModuleType) -> None:
+    rows = [
+        {"seed": 0, "exact_match_before": 0.125, "exact_match_after": 0.945, "train_s": 222, "unknown": 1},
+        {"seed": 1, "exact_match_after": 0.95, "peak_reserved_bytes": 3 << 29, "tokens_per_s": 1234.5},
+    ]
+    flat = record("demo-cpu", {"seed": 2, "num_images": 1200})
+    assert tables.record_rows([record("demo", {"rows": rows}), flat]) == [
+        ["seed", "before", "after", "images", "training", "peak memory", "speed", "device", "date"],
+        ["0", "12.5 %", "94.5 %", "–", "3 min 42 s", "–", "–", "`NVIDIA X | Y`", "2026-11-24"],
+        ["1", "–", "95 %", "–", "–", "1.50 GiB", "1,234 tokens/s", "`NVIDIA X | Y`", "2026-11-24"],
+        ["2", "–", "–", "1,200", "–", "–", "–", "`NVIDIA X | Y`", "2026-11-24"],
+    ]
+
+
+def test_records_are_found_by_name(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for name in ("demo", "demo-gpu", "demonstration", "other"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(record(name, {"seed": 1})))
+    assert sorted(found["name"] for found in tables.read_records("demo")) == ["demo", "demo-gpu"]
+    text = "a\n<!-- table: nothing -->\nold\n<!-- end -->\nb\n<!-- table: other -->\n<!-- end -->\n"
+    other = "|---|---|---|\n| 1 | `NVIDIA X | Y` | 2026-11-24 |\n"
+    assert tables.fill(text, chinese=False) == (
+        "a\n<!-- table: nothing -->\n*not measured yet*\n<!-- end -->\nb\n"
+        f"<!-- table: other -->\n| seed | device | date |\n{other}<!-- end -->\n"
+    )
+    assert tables.fill(text, chinese=True) == (
+        "a\n<!-- table: nothing -->\n*尚未测量*\n<!-- end -->\nb\n"
+        f"<!-- table: other -->\n| 种子 | 设备 | 日期 |\n{other}<!-- end -->\n"
+    )
+
+
+def test_every_heading_has_its_chinese(tables: ModuleType) -> None:
+    assert {column.heading for column in tables.COLUMNS} <= tables.CHINESE.keys()
+
+
+def test_the_readme_s_commands_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = Calls(monkeypatch)
+    calls.answer("training", "train", lambda **_: run_outcome(tmp_path))
+    calls.answer("reporting", "write_report", lambda: tmp_path)
+    calls.answer("inspection", "inspect", lambda **_: SimpleNamespace(to_json=lambda: RECEIPT))
+    calls.answer("prediction", "predict", lambda **_: SimpleNamespace(answer="a", model="m", adapter=None))
+    (tmp_path / "my.yaml").write_text("preset: balanced\n")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = [block for language, block in BLOCK.findall(text) if language == "bash"]
+    inline = re.findall(r"`(eightgig [^`]+)`", text)
+    commands = [line for block in blocks for line in block.splitlines() if line.startswith("eightgig")] + inline
+    assert len(commands) >= 6
+    for command in commands:
+        if "--resume" not in command:
+            assert run(capsys, *shlex.split(command)[1:])[0] == 0, command
+
+
+def test_the_readme_s_make_targets_exist() -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\bmake (\w+)", text)) <= set(targets)
