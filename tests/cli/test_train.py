@@ -132,7 +132,7 @@ def test_only_the_first_of_several_processes_prints(
     calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert run(capsys, "train", "--preset", "balanced") == (0, "", "")
+    assert run(capsys, "train") == (0, "", "")
 
 
 def test_resume_goes_on_with_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Which listener shows a run: a live one on a terminal, plain lines elsewhere. Both write to stderr."""
+"""Which listener shows a run: a live one on a terminal, plain lines elsewhere, both on stderr."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ def open_listener(session: Session) -> Iterator[TrainingListener]:
     """A listener for the run of this call, which leaves the terminal in order however the block ends."""
     from eightgig.cli.live_progress import LiveListener, stderr_console
     from eightgig.cli.plain_progress import PlainListener
+    from eightgig.train.events import SilentListener
 
+    if not is_main_process():
+        yield SilentListener()
+        return
     console = stderr_console()
-    is_live = console.is_terminal and is_main_process()
-    listener = LiveListener(session, console) if is_live else PlainListener(session, sys.stderr)
+    listener = LiveListener(session, console) if console.is_terminal else PlainListener(session, sys.stderr)
     try:
         yield listener
     finally:

@@ -6,10 +6,10 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
+from eightgig.cli import options
 from eightgig.cli.examples import examples
 from eightgig.cli.outcome import print_run_outcome
 from eightgig.cli.progress import open_listener
@@ -30,70 +30,23 @@ EXAMPLES = examples(
     "eightgig train --resume runs/llava-1.5-7b-20261124-093000",
 )
 
-_MODEL_AND_DATA = "Model and data"
-_RUN = "The run"
-_BENCHMARKS = "For benchmarks and self-tests"
-
 
 def train(  # noqa: PLR0913 - the parameters are the command line itself
     context: typer.Context,
-    source: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="PRESET|FILE", help="A preset's name, or a file of settings (YAML or JSON).", show_default=False
-        ),
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help=f"The preset below a file of settings ({DEFAULT_PRESET} if there is neither).", show_default=False
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="PATH=VALUE", help="One setting; may be repeated.", show_default=False),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="A known model, a folder or a hub id.", rich_help_panel=_MODEL_AND_DATA),
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Training data: a file or a folder.", rich_help_panel=_MODEL_AND_DATA)
-    ] = None,
-    val: Annotated[
-        Path | None,
-        typer.Option(help="Validation data; without it a share is held out.", rich_help_panel=_MODEL_AND_DATA),
-    ] = None,
-    image_root: Annotated[
-        Path | None,
-        typer.Option(help="Where relative image paths start.", rich_help_panel=_MODEL_AND_DATA),
-    ] = None,
-    output_dir: Annotated[
-        Path | None, typer.Option(help="Where the run's own folder is made.", rich_help_panel=_RUN)
-    ] = None,
-    run_folder: Annotated[
-        Path | None, typer.Option(help="The run's folder itself; must not exist yet.", rich_help_panel=_RUN)
-    ] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Stop after this many steps.", rich_help_panel=_RUN)] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN", help="Go on with this run, alone, with its own settings.", rich_help_panel=_RUN),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Do everything up to the first step.", rich_help_panel=_RUN)
-    ] = False,
-    random_weights: Annotated[
-        int | None,
-        typer.Option(
-            metavar="SEED",
-            help="Random weights made on the device instead of the model's own.",
-            rich_help_panel=_BENCHMARKS,
-        ),
-    ] = None,
-    cap_gib: Annotated[
-        float | None,
-        typer.Option(help="Limit of the GPU memory that PyTorch may reserve.", rich_help_panel=_BENCHMARKS),
-    ] = None,
+    source: options.Source = None,
+    preset: options.Preset = None,
+    settings: options.Settings = None,
+    model: options.Model = None,
+    data: options.Data = None,
+    val: options.Validation = None,
+    image_root: options.ImageRoot = None,
+    output_dir: options.OutputDir = None,
+    run_folder: options.RunFolder = None,
+    max_steps: options.MaxSteps = None,
+    resume: options.Resume = None,
+    dry_run: options.DryRun = False,
+    random_weights: options.RandomWeights = None,
+    cap_gib: options.CapGib = None,
 ) -> None:
     """Fine-tune a model on your images and questions.
 
