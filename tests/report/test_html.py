@@ -241,6 +241,11 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     assert "→" not in page.text(), "no number was measured, so none is shown"
 
 
+def test_the_reason_of_an_earlier_failure_is_not_told_of_a_run_that_finished(folder: Path) -> None:
+    rewrite(folder, "run.json", RUN | {"reason": "the GPU ran out of memory"})
+    assert "ran out of memory" not in render(folder).text()
+
+
 def test_half_a_line_and_a_precision_note_are_said_on_top(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text() + '{"kind": "st')
     note = "bf16 was asked for, but this card has none; computing in fp16"
