@@ -124,8 +124,9 @@ def test_another_suffix_is_refused_for_reading_and_writing(tmp_path: Path, name:
 
 def test_a_word_that_is_neither_preset_nor_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"balance: neither a preset nor a file; did you mean balanced\?"):
-        resolve("balance")
+    for word in ("balance", Path("balance")):
+        with pytest.raises(ConfigError, match=r"balance: neither a preset nor a file; did you mean balanced\?"):
+            resolve(word)
 
 
 def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path: Path) -> None:

@@ -80,16 +80,14 @@ def test_with_no_source_there_are_only_defaults() -> None:
     assert set(resolve(None).sources.values()) == {"default"}
 
 
-def test_a_path_is_always_a_file_and_a_presets_name_always_a_preset(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_presets_name_is_a_preset_as_text_or_as_path(
+    kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from eightgig.core.errors import ConfigError
-
     monkeypatch.chdir(tmp_path)
-    Path("full").write_text("seed: 1")
-    assert resolve("full").config.preset == "full"
-    with pytest.raises(ConfigError, match="a name that ends in"):
-        load_config(Path("full"))
+    assert resolve(kind("full")).config.preset == "full"
+    Path("full").write_text("seed: 1")  # no configuration file: those end in .yaml, .yml or .json
+    assert resolve(kind("full")).config.preset == "full"
 
 
 def test_sources_can_not_be_changed() -> None:

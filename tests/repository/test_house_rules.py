@@ -74,7 +74,7 @@ def test_nothing_is_swallowed_stubbed_or_left_for_later(path: Path) -> None:
         if "cli" not in path.relative_to(ROOT / "src" / "eightgig").parts and not _reraises(handler):
             broad = _caught_names(handler) & {"everything", "Exception", "BaseException"}
             assert not broad, f"line {handler.lineno}: catches {broad} outside the command line"
-    assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", text)
+    assert not re.search(r"\b(TOD[O]|FIXM[E]|XX[X]|HAC[K])\b", text)  # in classes, so as not to find this line itself
     assert "NotImplementedError" not in text
 
 

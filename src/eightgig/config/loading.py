@@ -69,7 +69,8 @@ def resolve(
     """The configuration of `source`, with flags over it.
 
     Args:
-        source: a preset's name, or a file; None for the defaults alone. A `Path` is always a file.
+        source: a preset's name, or a file (their names end in a suffix, so none can be a preset's); None for the
+            defaults alone.
         overrides: of `--set`, dotted path to the text behind `=`, read as in a YAML file.
         flags: values of other flags; `--set` wins over them.
 
@@ -141,12 +142,13 @@ def describe(resolved: ResolvedConfig) -> list[Row]:
 
 def _source_layer(source: Path | str) -> Layer:
     """The layer of a preset's name or of a file."""
-    if isinstance(source, str) and source in PRESET_CARDS:
-        return Layer(f"preset {source}", {"preset": source})
+    name = str(source)
+    if name in PRESET_CARDS:
+        return Layer(f"preset {name}", {"preset": name})
     path = Path(source)
-    if isinstance(source, str) and not path.suffix and not path.exists():
-        problem = Problem("preset", source, f"neither a preset nor a file; {preset_names_text(source)}")
-        raise ConfigError([problem], source=source, next_step="name a preset or a configuration file")
+    if not path.suffix and not path.exists():
+        problem = Problem("preset", name, f"neither a preset nor a file; {preset_names_text(name)}")
+        raise ConfigError([problem], source=name, next_step="name a preset or a configuration file")
     return Layer(f"file {path}", read_file(path))
 
 
