@@ -2,8 +2,8 @@
 """Fill the tables of README.md and README.zh-CN.md from the code and from `benchmarks/results/*.json`.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `presets` and `models` come from the code; any other
-NAME from the records whose `name` is NAME or begins with `NAME-`: a row for each of `figures["rows"]`, or one for
-`figures` if it has no rows. A test fails where a README differs from what this script writes.
+NAME from the records whose `name` is NAME or begins with `NAME-` (`figure_rows` tells what becomes a row). A test fails
+where a README differs from what this script writes.
 
 usage: python scripts/readme_tables.py
 """
@@ -54,7 +54,9 @@ CHINESE = {
     "images": "图像数",
     "training": "训练时间",
     "steps": "步数",
-    "peak memory": "峰值显存",
+    "peak allocated": "峰值已分配显存",
+    "peak reserved": "峰值保留显存",
+    "peak RAM": "峰值内存",
     "speed": "速度",
     "trainer": "训练器",
 }
@@ -74,6 +76,8 @@ class Column:
             return "–"
         if self.key.startswith("exact_match"):
             return format_share(value)
+        if self.key.endswith("_gib"):
+            return f"{value:.2f} GiB"
         if self.key.endswith("_bytes"):
             return format_bytes(value)
         if self.key.endswith("tokens_per_s"):
@@ -92,7 +96,9 @@ COLUMNS = (
     Column("num_images", "images"),
     Column("num_steps", "steps"),
     Column("train_s", "training"),
-    Column("peak_reserved_bytes", "peak memory"),
+    Column("peak_allocated_gib", "peak allocated"),
+    Column("peak_reserved_gib", "peak reserved"),
+    Column("host_peak_rss_bytes", "peak RAM"),
     Column("tokens_per_s", "speed"),
 )
 """Figures that tables show, in their order; a table has those that any of its rows has."""
@@ -126,7 +132,7 @@ def read_records(name: str) -> list[Mapping[str, Any]]:
 
 def record_rows(records: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """A table of what the records measured; one cell that says so where nothing is measured yet."""
-    rows = [(record, row) for record in records for row in record["figures"].get("rows", [record["figures"]])]
+    rows = [(record, row) for record in records for row in figure_rows(record["figures"])]
     if not rows:
         return [["not measured yet"]]
     shown = [column for column in COLUMNS if any(column.key in row for _, row in rows)]
@@ -142,6 +148,21 @@ def record_rows(records: Iterable[Mapping[str, Any]]) -> list[list[str]]:
             for record, row in rows
         ),
     ]
+
+
+def figure_rows(figures: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows that the figures of one record make: those of a list (of seeds, of rounds), those of two or more sides
+    that were measured (`{"tokens_per_s": {"eightgig": 1, "peer": 2}}`), or a single one.
+    """
+    known = {column.key for column in COLUMNS}
+    for value in figures.values():
+        if isinstance(value, list) and all(isinstance(row, Mapping) and known & row.keys() for row in value):
+            return value
+    by_side = {key: value for key, value in figures.items() if key in known and isinstance(value, Mapping)}
+    sides = dict.fromkeys(side for values in by_side.values() for side in values)
+    if not sides:
+        return [figures]
+    return [{"trainer": side} | {key: values.get(side) for key, values in by_side.items()} for side in sides]
 
 
 def _preset_rows() -> list[list[str]]:

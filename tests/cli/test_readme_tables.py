@@ -46,14 +46,27 @@ def test_the_tables_have_not_drifted(name: str, tables: ModuleType) -> None:
 def test_a_record_becomes_rows_with_units(tables: ModuleType) -> None:
     rows = [
         {"seed": 0, "exact_match_before": 0.125, "exact_match_after": 0.945, "train_s": 222, "unknown": 1},
-        {"seed": 1, "exact_match_after": 0.95, "peak_reserved_bytes": 3 << 29, "tokens_per_s": 1234.5},
+        {"seed": 1, "exact_match_after": 0.95, "host_peak_rss_bytes": 3 << 29, "tokens_per_s": 1234.5},
     ]
     flat = record("demo-cpu", {"seed": 2, "num_images": 1200})
     assert tables.record_rows([record("demo", {"rows": rows}), flat]) == [
-        ["seed", "before", "after", "images", "training", "peak memory", "speed", "device", "date"],
+        ["seed", "before", "after", "images", "training", "peak RAM", "speed", "device", "date"],
         ["0", "12.5 %", "94.5 %", "–", "3 min 42 s", "–", "–", "`NVIDIA X | Y`", "2026-11-24"],
         ["1", "–", "95 %", "–", "–", "1.50 GiB", "1,234 tokens/s", "`NVIDIA X | Y`", "2026-11-24"],
         ["2", "–", "–", "1,200", "–", "–", "–", "`NVIDIA X | Y`", "2026-11-24"],
+    ]
+
+
+def test_two_sides_of_a_comparison_become_two_rows(tables: ModuleType) -> None:
+    figures = {
+        "rounds": [{"eightgig": {"tokens_per_s": 9}}],
+        "tokens_per_s": {"eightgig": 2000.4, "peer": 1900.0},
+        "peak_reserved_gib": {"eightgig": 5.104, "peer": 6.5},
+    }
+    assert tables.record_rows([record("llava", figures)]) == [
+        ["trainer", "peak reserved", "speed", "device", "date"],
+        ["`eightgig`", "5.10 GiB", "2,000 tokens/s", "`NVIDIA X | Y`", "2026-11-24"],
+        ["`peer`", "6.50 GiB", "1,900 tokens/s", "`NVIDIA X | Y`", "2026-11-24"],
     ]
 
 
