@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from benchmarks.demo_model.conversation import CHAT_TEMPLATE, IMAGE
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
@@ -14,7 +15,6 @@ from transformers import (
 )
 from transformers.models.clip import CLIPImageProcessor
 
-from benchmarks.demo_model.conversation import CHAT_TEMPLATE, IMAGE
 from eightgig.demo.palette import IMAGE_SIZE_PX
 
 PATCH_SIZE_PX = 16
@@ -76,7 +76,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 class PretrainingForward(nn.Module):
-    """Mean cross-entropy of the target tokens, written without the syncs that keep the stock forward out of a CUDA graph.
+    """Mean cross-entropy of the target tokens, without the syncs that keep the stock forward out of a CUDA graph.
 
     Rows are padded on the right, so that a causal mask is all the masking there is.
     """
@@ -112,5 +112,3 @@ class PretrainingForward(nn.Module):
         losses = nn.functional.cross_entropy(logits.transpose(1, 2).float(), ids[:, 1:], reduction="none")
         weights = is_target[:, 1:].float()
         return (losses * weights).sum() / weights.sum()
-
-

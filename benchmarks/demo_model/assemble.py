@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-
 from benchmarks.demo_model.architecture import build_model, build_processor
 from benchmarks.demo_model.conversation import as_fast_tokenizer
 from benchmarks.demo_model.train import load_weights
+from tokenizers import Tokenizer
 
 
 def assemble(run: Path, folder: Path) -> None:

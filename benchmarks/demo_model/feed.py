@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from benchmarks.demo_model.conversation import ROW_TOKENS, RowEncoder
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.demo_model.conversation import ROW_TOKENS, RowEncoder
 from eightgig.demo.palette import IMAGE_SIZE_PX
 from eightgig.demo.scenes import render_scene
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
-
 from benchmarks.demo_model.architecture import PretrainingForward
 from benchmarks.demo_model.conversation import HELD_OUT_SEED, RowEncoder
 from benchmarks.demo_model.feed import render_batch

@@ -1,7 +1,7 @@
-"""Fine-tunes the embedded model on the demo's task as the product will, and measures it: `python -m benchmarks.demo_model.pilot`.
+"""Fine-tunes the embedded model on charts and measures it: `python -m benchmarks.demo_model.pilot MODEL`.
 
-NF4 with double quantisation on the language model's linear layers, fp32 LoRA on them, everything else frozen, bf16
-compute, on the CPU or on CUDA. The frozen vision tower runs in every step, as in the product.
+NF4 with double quantisation on the language model's linear layers, fp32 LoRA on them, everything else frozen, on
+the CPU or on CUDA. The frozen vision tower runs in every step, as in the product.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, set_seed
 
 from eightgig.demo.charts import write_task
+from eightgig.demo.settings import DemoSettings
 
 _LINEAR_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 _WHOLE_NUMBER = re.compile(r"(1?[0-9]|20)")
@@ -42,6 +43,7 @@ class PilotSettings:
     dropout: float
     warmup_steps: int
     num_train_images: int
+    compute: str
 
 
 @dataclass(frozen=True)
@@ -77,17 +79,17 @@ def load_samples(jsonl: Path, processor: AutoProcessor) -> list[Sample]:
     return samples
 
 
-def load_4bit_model(folder: Path, device: torch.device) -> torch.nn.Module:
-    """The model with its language model's linear layers in NF4 and everything else in bf16."""
+def load_4bit_model(folder: Path, compute: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """The model with its language model's linear layers in NF4 and everything else in `compute`."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=compute,
         llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
     )
     model = AutoModelForImageTextToText.from_pretrained(
-        folder, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": device.type}
+        folder, quantization_config=quantization, dtype=compute, device_map={"": device.type}
     )
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -102,12 +104,13 @@ class Pilot:
     def __init__(self, folder: Path, settings: PilotSettings, device: torch.device) -> None:
         set_seed(settings.seed)
         self.settings, self.device = settings, device
+        self.compute = getattr(torch, settings.compute)
         self.processor = AutoProcessor.from_pretrained(folder)
         self.processor.tokenizer.padding_side = "left"
         lora = LoraConfig(
             r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=_LINEAR_LAYERS
         )
-        self.model = get_peft_model(load_4bit_model(folder, device), lora)
+        self.model = get_peft_model(load_4bit_model(folder, self.compute, device), lora)
 
     @torch.no_grad()
     def answers(self, images: list[Image.Image], samples: list[Sample]) -> list[str]:
@@ -119,7 +122,7 @@ class Pilot:
             inputs = self.processor(
                 images=images[start : start + 50], text=[row.prompt for row in rows], return_tensors="pt", padding=True
             ).to(self.device)
-            inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.compute)
             length = inputs["input_ids"].shape[1]
             ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=8)[:, length:]
             answers += [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
@@ -173,7 +176,7 @@ class Pilot:
             padding=True,
             padding_side="right",
         ).to(self.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.compute)
         ids = inputs["input_ids"]
         logits = self.model(**inputs).logits[:, :-1]
         is_target = self._targets(ids)[:, 1:]
@@ -218,17 +221,19 @@ def run_pilot(model_folder: Path, settings: PilotSettings, device: torch.device)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
+    demo = DemoSettings()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=450)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--alpha", type=int, default=32)
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--warmup-steps", type=int, default=20)
-    parser.add_argument("--num-train-images", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=demo.max_steps)
+    parser.add_argument("--batch-size", type=int, default=demo.batch_size)
+    parser.add_argument("--learning-rate", type=float, default=demo.learning_rate)
+    parser.add_argument("--rank", type=int, default=demo.lora_rank)
+    parser.add_argument("--alpha", type=int, default=demo.lora_alpha)
+    parser.add_argument("--dropout", type=float, default=demo.lora_dropout)
+    parser.add_argument("--warmup-steps", type=int, default=demo.warmup_steps)
+    parser.add_argument("--num-train-images", type=int, default=demo.num_train_images)
+    parser.add_argument("--compute", choices=("bfloat16", "float32"), default="bfloat16")
     return parser.parse_args(arguments)
 
 

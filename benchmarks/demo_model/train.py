@@ -18,13 +18,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration, set_seed
-
 from benchmarks.demo_model.architecture import PretrainingForward, build_model
 from benchmarks.demo_model.conversation import IMAGE, RowEncoder, prompt_text, train_tokenizer
 from benchmarks.demo_model.feed import Batch, SceneBatches, scene_loader
 from benchmarks.demo_model.held_out import measure_held_out
+from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration, set_seed
 
 _NUM_WEIGHT_FILES = 2
 _RATE_STEPS = 60
@@ -106,7 +105,9 @@ def save_weights(model: LlavaForConditionalGeneration, folder: Path) -> None:
     weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     names = sorted(weights)
     for index in range(_NUM_WEIGHT_FILES):
-        save_file({name: weights[name] for name in names[index::_NUM_WEIGHT_FILES]}, folder / f"weights-{index}.safetensors")
+        save_file(
+            {name: weights[name] for name in names[index::_NUM_WEIGHT_FILES]}, folder / f"weights-{index}.safetensors"
+        )
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -157,7 +158,10 @@ def _run_steps(
         if step % 2000 == 0 or step == num_steps:
             exact_match = measure_held_out(stepper.forward, encoder, 1500)["all"]
             curve.append([step, round(loss.item(), 4), exact_match])
-            print(f"step {step} {time.perf_counter() - start_s:.0f} s loss {loss.item():.4f} held out {exact_match}", flush=True)
+            print(
+                f"step {step} {time.perf_counter() - start_s:.0f} s loss {loss.item():.4f} held out {exact_match}",
+                flush=True,
+            )
         if step % 4000 == 0:
             save_weights(stepper.forward.model, out)
     return {"steps": step, "wall_s": round(time.perf_counter() - start_s, 1), "curve_step_loss_exact_match": curve}
@@ -197,7 +201,11 @@ def main(arguments: list[str]) -> None:
     record = {
         "command": "python -m benchmarks.demo_model.train " + " ".join(arguments),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "settings": asdict(settings),
         **figures,

@@ -1,8 +1,8 @@
 """The demo's task: reading the values of coloured bars off a chart. The embedded model has never seen a chart.
 
 A chart has one value axis from 0 to 20 with ticks, numbers and gridlines. Its place in the picture, the number, widths,
-order and colours of its bars, the spacing and all tints vary. The scenes of pretraining count lengths in units of 4 and 6
-px, charts in units of 5 px: before training the model answers with a number, and nearly always a wrong one.
+order and colours of its bars, the spacing and all tints vary. The scenes of pretraining count lengths in units of 4 and
+6 px, charts in units of 5 px: before training the model answers with a number, and nearly always a wrong one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MIN_BARS, _MAX_BARS = 4, 6
 
 Split = Literal["train", "validation", "test"]
 # Tenths of all value tuples that belong to validation and to test; training has the other eight.
-_TENTH_OF_SPLIT = {0: "test", 1: "validation"}
+_SPLIT_OF_TENTH: dict[int, Split] = {0: "test", 1: "validation"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Bar:
 
     @property
     def question(self) -> str:
+        """What is asked about this bar."""
         return f"What is the value of the {self.colour} bar?"
 
 
@@ -55,7 +56,7 @@ class Chart:
         """The split that the bars' values belong to: no two splits ever share a tuple of values."""
         values = " ".join(str(bar.value) for bar in self.bars)
         tenth = hashlib.sha256(values.encode()).digest()[0] % 10
-        return _TENTH_OF_SPLIT.get(tenth, "train")  # type: ignore[return-value]
+        return _SPLIT_OF_TENTH.get(tenth, "train")
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _grey(level: int) -> Rgb:
 
 
 def deal_charts(split: Split, num_charts: int, *, seed: int) -> Iterator[Chart]:
-    """`num_charts` charts of `split`; the asked bar's value comes off a shuffled deck, so that all come equally often."""
+    """`num_charts` charts of `split`; the asked values come off a shuffled deck, so that all come equally often."""
     rng = Random(f"{seed} {split}")
     deck: list[int] = []
     for _ in range(num_charts):

@@ -26,8 +26,8 @@ COLOURS: dict[str, Rgb] = {
     "black": (30, 30, 34),
 }
 
-# Three columns by five rows a digit, one bit a pixel: drawn by hand because a font file's pixels change between releases
-# of PIL, and the demo's pictures must not.
+# Three columns by five rows a digit, one bit a pixel: drawn by hand because a font's pixels change between releases of
+# PIL, and the demo's pictures must not.
 _DIGIT_ROWS = {
     "0": (7, 5, 5, 5, 7),
     "1": (2, 6, 2, 2, 7),

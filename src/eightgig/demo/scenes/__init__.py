@@ -1,4 +1,4 @@
-"""Random scenes with plain questions on them: what the embedded model was pretrained on. No chart and no gauge in it."""
+"""Random scenes with plain questions: what the embedded model was pretrained on. No chart and no gauge among them."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ class Rod:
 
     @property
     def length_px(self) -> int:
+        """Extent along the axis, in pixels."""
         return self.end_px - self.start_px
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from random import Random
 
@@ -27,10 +28,12 @@ class Thing:
 
     @property
     def size(self) -> str:
+        """The word for its size."""
         return "large" if self.is_large else "small"
 
     @property
     def name(self) -> str:
+        """Its colour and shape, as questions name it."""
         return f"{self.colour} {self.shape}"
 
 
@@ -118,7 +121,7 @@ def _ask_relations(things: list[Thing], rng: Random) -> list[Question]:
 def _ask_caption(things: list[Thing]) -> list[Question]:
     """A caption from left to right, where at most three objects make that order plain."""
     ordered = sorted(things, key=lambda thing: thing.x_px)
-    gaps_px = [right.x_px - left.x_px for left, right in zip(ordered, ordered[1:], strict=False)]
+    gaps_px = [right.x_px - left.x_px for left, right in itertools.pairwise(ordered)]
     if len(things) > 3 or any(gap_px < _CLEAR_DISTANCE_PX for gap_px in gaps_px):
         return []
     caption = ", ".join(f"{thing.size} {thing.name}" for thing in ordered)
