@@ -27,9 +27,13 @@ def test_a_crash_while_writing_keeps_the_old_content(tmp_path: Path, monkeypatch
 
 
 def test_a_folder_that_fails_half_way_vanishes(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), whole_folder(tmp_path / "checkpoint") as folder:
-        (folder / "half").write_text("x")
-        raise RuntimeError
+    def write_half() -> None:
+        with whole_folder(tmp_path / "checkpoint") as folder:
+            (folder / "half").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -41,7 +41,7 @@ def test_the_content_decides_how_a_file_is_read(
     sample_set = load_samples(path, None, quarantine)
     assert len(sample_set.samples) == num
     assert [sample.source.line for sample in sample_set.samples] == list(range(1, num + 1))
-    assert sample_set.num_bad == 0 == len(quarantine)
+    assert len(sample_set.bad) == 0 == len(quarantine)
 
 
 def test_byte_order_mark_blank_lines_and_crlf(tmp_path: Path, quarantine: Quarantine) -> None:
@@ -79,7 +79,7 @@ def test_bad_records_are_set_aside_with_their_line(tmp_path: Path, quarantine: Q
     path.write_text("\n".join(lines))
     sample_set = load_samples(path, None, quarantine)
     assert len(sample_set.samples) == 2
-    assert sample_set.num_bad == 4
+    assert len(sample_set.bad) == 4
     assert codes(quarantine) == [
         ("train.jsonl", 2, ProblemCode.BAD_JSON),
         ("train.jsonl", 3, ProblemCode.WRONG_SHAPE),

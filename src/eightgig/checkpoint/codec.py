@@ -1,4 +1,4 @@
-"""Nested state (as of optimizers and random number generators) as JSON plus tensors: nothing is ever pickled."""
+"""Nested state (as of optimizers and gradient scalers) as JSON plus tensors: nothing is ever pickled."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 step-00000050/
 ├── manifest.json          format, step, fingerprint of run, and the size and SHA-256 of every other file
-├── state.json             optimizer, schedule, scaler and generators: what JSON can hold
+├── state.json             optimizer, schedule and scaler: what JSON can hold
 ├── state.safetensors      … and their tensors
 └── adapter/               as PEFT writes it, for any tool to load (`trainable.safetensors` for full fine-tuning)
 """
@@ -54,7 +54,7 @@ def write_checkpoint(
         folder: the run's `checkpoints` folder.
         step: optimizer steps done.
         model: its trainable weights are saved.
-        state: nested state of optimizer, schedule, scaler and generators.
+        state: nested state of optimizer, schedule and scaler.
         fingerprint: hashes of what must be the same on resume, by name (config, data, trainable names).
 
     Raises:

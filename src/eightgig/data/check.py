@@ -8,12 +8,13 @@ import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from eightgig.core.errors import DataError
 from eightgig.core.logging import get_logger
 from eightgig.data.encode import Encoder, TextMeasure
 from eightgig.data.images import check_image
-from eightgig.data.quarantine import Quarantine, SampleProblem
+from eightgig.data.quarantine import Quarantine, QuarantineRecord, SampleProblem, commonest
 from eightgig.data.sample import ImagePart, Sample
 from eightgig.data.sources import SampleSet
 
@@ -68,7 +69,7 @@ def check_samples(
     Raises:
         DataError: more than `max_bad_fraction` of the records are bad, or none is good.
     """
-    num_before = len(quarantine) - sample_set.num_bad
+    num_before = len(quarantine)
     num_threads = num_threads or min(os.cpu_count() or 1, 8)
     good: list[Sample] = []
     measures: list[TextMeasure] = []
@@ -85,11 +86,11 @@ def check_samples(
             if on_progress is not None:
                 on_progress(done, len(sample_set.samples))
     quarantine.write()
-    num_bad = len(quarantine) - num_before
-    _refuse_too_many_bad(quarantine, num_before, num_bad + len(good), max_bad_fraction)
+    bad = (*sample_set.bad, *quarantine.records[num_before:])
+    _refuse_too_many_bad(bad, len(bad) + len(good), max_bad_fraction, quarantine.path)
     return CheckReport(
         samples=tuple(good),
-        num_bad=num_bad,
+        num_bad=len(bad),
         num_images=len(sizes),
         largest_image_px=max(sizes, key=lambda size: size[0] * size[1], default=None),
         max_text_tokens=max(measure.num_text_tokens for measure in measures),
@@ -155,20 +156,21 @@ def _size_or_raise(result: _ImageResult) -> tuple[int, int]:
     return result
 
 
-def _refuse_too_many_bad(quarantine: Quarantine, since: int, num_records: int, max_bad_fraction: float) -> None:
-    """Raise DataError if too large a share of the records from quarantine index `since` on is bad."""
-    num_bad = len(quarantine) - since
+def _refuse_too_many_bad(
+    bad: Sequence[QuarantineRecord], num_records: int, max_bad_fraction: float, quarantine_path: Path
+) -> None:
+    """Raise DataError if `bad` is too large a share of `num_records`."""
+    num_bad = len(bad)
     if num_bad < num_records and num_bad <= max_bad_fraction * num_records:
         if num_bad:
-            logger.warning("%d of %d samples set aside, see %s", num_bad, num_records, quarantine.path)
+            logger.warning("%d of %d samples set aside, see %s", num_bad, num_records, quarantine_path)
         return
     reasons = "".join(
-        f"\n  - {code}: {count} samples, e.g. {first.where}: {first.reason}"
-        for code, count, first in quarantine.commonest(3, since=since)
+        f"\n  - {code}: {count} samples, e.g. {first.where}: {first.reason}" for code, count, first in commonest(bad, 3)
     )
     raise DataError(
         f"{num_bad} of {num_records} samples ({100 * num_bad / max(num_records, 1):.1f} %) can't be used; "
         f"the commonest reasons:{reasons}",
         expected=f"at most {100 * max_bad_fraction:g} % bad samples (data.max_bad_fraction = {max_bad_fraction:g})",
-        next_step=f"correct the samples listed in {quarantine.path}, or raise data.max_bad_fraction to go on without",
+        next_step=f"correct the samples listed in {quarantine_path}, or raise data.max_bad_fraction to go on without",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -64,6 +65,13 @@ class QuarantineRecord:
         return f"{self.file}:{self.line}" if self.line else self.file
 
 
+def commonest(records: Sequence[QuarantineRecord], num_codes: int) -> list[tuple[ProblemCode, int, QuarantineRecord]]:
+    """The commonest codes among `records`: code, how many, and the first such record."""
+    first = {record.code: record for record in reversed(records)}
+    counts = Counter(record.code for record in records)
+    return [(code, count, first[code]) for code, count in counts.most_common(num_codes)]
+
+
 class Quarantine:
     """The samples of one run that were set aside. `path` is where `write` puts them, one JSON record a line."""
 
@@ -86,13 +94,6 @@ class Quarantine:
                 file=str(source.file), line=source.line, sample_id=sample_id, reason=problem.reason, code=problem.code
             )
         )
-
-    def commonest(self, num_codes: int, *, since: int = 0) -> list[tuple[ProblemCode, int, QuarantineRecord]]:
-        """The commonest codes among the records from index `since` on: code, how many, and the first such record."""
-        records = self._records[since:]
-        first = {record.code: record for record in reversed(records)}
-        counts = Counter(record.code for record in records)
-        return [(code, count, first[code]) for code, count in counts.most_common(num_codes)]
 
     def write(self) -> Path:
         """Write all records to `path`, whole or not at all; no record gives an empty file, so that none is stale."""

@@ -14,7 +14,7 @@ from eightgig.core.logging import get_logger
 from eightgig.data.folder import METADATA_NAMES, captioned_images, metadata_file
 from eightgig.data.formats import FORMATS, detect_format, flat
 from eightgig.data.formats.record import RecordFormat, shown
-from eightgig.data.quarantine import ProblemCode, Quarantine, SampleProblem
+from eightgig.data.quarantine import ProblemCode, Quarantine, QuarantineRecord, SampleProblem
 from eightgig.data.records import Record, decode_text, read_csv_records, read_json_records
 from eightgig.data.sample import Message, Sample, SourceRef
 
@@ -46,12 +46,12 @@ class SampleSet:
 
     Attributes:
         samples: what can be used, as far as reading the data file tells.
-        num_bad: records that were quarantined while reading.
+        bad: what was quarantined while reading.
         manifest: one entry a file read; equal manifests mean equal data files.
     """
 
     samples: tuple[Sample, ...]
-    num_bad: int
+    bad: tuple[QuarantineRecord, ...]
     manifest: tuple[SourceFile, ...]
 
 
@@ -70,12 +70,13 @@ def load_samples(path: Path, image_root: Path | None, quarantine: Quarantine) ->
             expected="a .json or .jsonl file, or a folder of data files or captioned images",
             next_step="check the path; `data.data_path` is taken from the folder you are in",
         )
+    num_before = len(quarantine)
     reader = _Reader(image_root, quarantine)
     if path.is_file():
         reader.read_file(path)
     else:
         reader.read_folder(path)
-    return SampleSet(tuple(reader.samples), sum(file.num_bad for file in reader.manifest), tuple(reader.manifest))
+    return SampleSet(tuple(reader.samples), quarantine.records[num_before:], tuple(reader.manifest))
 
 
 class _Reader:

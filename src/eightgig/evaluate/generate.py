@@ -16,8 +16,6 @@ from eightgig.data.sample import Message, Sample, images_of
 from eightgig.evaluate.metrics import exact_match
 from eightgig.step.step import Compute
 
-MAX_PROMPTS_PER_BATCH = 16
-
 
 @dataclass(frozen=True)
 class Generation:
@@ -44,16 +42,18 @@ def first_exchange(sample: Sample) -> tuple[tuple[Message, ...], str]:
 
 
 def generate_answers(
-    model: Any, encoder: Encoder, samples: Sequence[Sample], compute: Compute, *, max_new_tokens: int
+    model: Any, encoder: Encoder, samples: Sequence[Sample], compute: Compute, *, batch_size: int, max_new_tokens: int
 ) -> list[Generation]:
     """Greedy answers of `model` to the first question of each sample, in the order of `samples`.
 
-    Prompts of equal length share a batch: no padding, so an answer does not depend on its neighbours' lengths.
+    Prompts of equal length share a batch of at most `batch_size`: no padding, so an answer does not depend on its
+    neighbours' lengths. Each prompt of a batch adds a key-value cache (0.5 MiB a token for a 7B model), so what fits
+    in training need not fit here with more prompts than training has rows.
     """
     exchanges = [first_exchange(sample) for sample in samples]
     prompts = [encoder.encode_prompt(messages) for messages, _ in exchanges]
     answers: dict[int, str] = {}
-    for indices in _batches_of_equal_shape(prompts):
+    for indices in _batches_of_equal_shape(prompts, batch_size):
         texts = answer_prompts(model, encoder, [prompts[i] for i in indices], compute, max_new_tokens=max_new_tokens)
         answers.update(zip(indices, texts, strict=True))
     return [
@@ -91,10 +91,10 @@ def answer_prompts(
     return [tokenizer.decode(row[prompt_length:], skip_special_tokens=True).strip() for row in output]
 
 
-def _batches_of_equal_shape(prompts: Sequence[EncodedSample]) -> Iterable[list[int]]:
+def _batches_of_equal_shape(prompts: Sequence[EncodedSample], batch_size: int) -> Iterable[list[int]]:
     by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, prompt in enumerate(prompts):
         by_shape[prompt.input_ids.numel(), prompt.num_images].append(index)
     for indices in by_shape.values():
-        for start in range(0, len(indices), MAX_PROMPTS_PER_BATCH):
-            yield indices[start : start + MAX_PROMPTS_PER_BATCH]
+        for start in range(0, len(indices), batch_size):
+            yield indices[start : start + batch_size]

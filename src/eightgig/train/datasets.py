@@ -3,77 +3,137 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+import time
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
-from eightgig.config import TrainingConfig
+from eightgig.config import DataConfig, TrainingConfig
 from eightgig.core.errors import ConfigError, Problem
+from eightgig.core.files import write_json
 from eightgig.data.check import CheckReport, check_samples
 from eightgig.data.encode import Encoder
 from eightgig.data.quarantine import Quarantine
-from eightgig.data.sources import load_samples
+from eightgig.data.sources import SampleSet, load_samples
 from eightgig.data.split import split_validation
 from eightgig.train.events import TrainingListener
 from eightgig.train.run import DataSets
+from eightgig.train.run_folder import RunFolder
+
+SECONDS_BETWEEN_MESSAGES = 5.0
 
 
-def load_datasets(
-    config: TrainingConfig, encoder: Encoder, quarantine_path: Path, listener: TrainingListener
-) -> DataSets:
-    """The samples that `config.data` names; bad ones are written to `quarantine_path`.
+@dataclass(frozen=True)
+class ReadData:
+    """What the data files hold, before any image is opened or any model is known.
+
+    Attributes:
+        validation: None where a share of the training samples is held out.
+        quarantine: gathers bad records of both sets.
+    """
+
+    train: SampleSet
+    validation: SampleSet | None
+    quarantine: Quarantine
+
+
+def read_data(settings: DataConfig, folder: RunFolder) -> ReadData:
+    """Read the files that `settings` names; the first thing a run does, since it costs nothing and often fails.
 
     Raises:
         ConfigError: no training data is named.
-        DataError: a path is missing, its shape unknown, or too large a share of its samples is bad.
+        DataError: a path is missing or its shape unknown.
     """
-    settings = config.data
     if settings.data_path is None:
         raise ConfigError(
             [Problem("data.data_path", "null", "a .json or .jsonl file, or a folder of images with captions")],
             source="training data",
             next_step="give it with --data PATH, or in the config file",
         )
-    quarantine = Quarantine(quarantine_path)
-    train = _read_and_check(config, settings.data_path, encoder, quarantine, listener)
-    if settings.val_path is not None:
-        validation = _read_and_check(config, settings.val_path, encoder, quarantine, listener)
-        reports = [train, validation]
-        train_samples, validation_samples = train.samples, validation.samples
+    quarantine = Quarantine(folder.quarantine)
+    return ReadData(
+        train=load_samples(settings.data_path, settings.image_root, quarantine),
+        validation=load_samples(settings.val_path, settings.image_root, quarantine) if settings.val_path else None,
+        quarantine=quarantine,
+    )
+
+
+def check_data(
+    read: ReadData, config: TrainingConfig, encoder: Encoder, folder: RunFolder, listener: TrainingListener
+) -> DataSets:
+    """Check every sample, split off validation, and write what was found to data.json and quarantine.jsonl.
+
+    Raises:
+        DataError: too large a share of the samples is bad.
+    """
+    reports = {}
+    for name, samples in (("training", read.train), ("validation", read.validation)):
+        if samples is not None:
+            reports[name] = _check(name, samples, read.quarantine, config, encoder, listener)
+    write_json(folder.data, {name: _record(read_set, reports[name]) for name, read_set in _sets(read).items()})
+    train_samples = reports["training"].samples
+    if "validation" in reports:
+        validation_samples = reports["validation"].samples
     else:
-        reports = [train]
-        train_samples, validation_samples = split_validation(train.samples, settings.val_fraction, config.seed)
-    for report in reports:
-        _say_what_was_changed(report, config, listener)
+        train_samples, validation_samples = split_validation(train_samples, config.data.val_fraction, config.seed)
     return DataSets(
         train=train_samples,
         validation=validation_samples[: config.validation.max_samples],
         fingerprint=_sha256_of(train_samples),
-        num_quarantined=len(quarantine),
-        num_cut_prompt_samples=sum(report.num_shortened_prompts for report in reports),
-        num_cut_answer_samples=sum(report.num_shortened_answers for report in reports),
-        has_images=train.num_images > 0,
+        num_quarantined=len(read.quarantine),
+        num_cut_prompt_samples=sum(report.num_shortened_prompts for report in reports.values()),
+        num_cut_answer_samples=sum(report.num_shortened_answers for report in reports.values()),
+        has_images=reports["training"].num_images > 0,
     )
 
 
-def _read_and_check(
-    config: TrainingConfig, path: Path, encoder: Encoder, quarantine: Quarantine, listener: TrainingListener
+def _sets(read: ReadData) -> dict[str, SampleSet]:
+    sets = {"training": read.train}
+    return sets if read.validation is None else sets | {"validation": read.validation}
+
+
+def _check(
+    name: str,
+    samples: SampleSet,
+    quarantine: Quarantine,
+    config: TrainingConfig,
+    encoder: Encoder,
+    listener: TrainingListener,
 ) -> CheckReport:
-    listener.on_message(f"checking {path}")
-    samples = load_samples(path, config.data.image_root, quarantine)
-    return check_samples(samples, encoder, quarantine, max_bad_fraction=config.data.max_bad_fraction)
+    listener.on_message(f"checking {len(samples.samples):,} {name} samples")
+    last_message = time.monotonic()
+
+    def say_progress(num_done: int, num_samples: int) -> None:
+        nonlocal last_message
+        if time.monotonic() - last_message > SECONDS_BETWEEN_MESSAGES:
+            last_message = time.monotonic()
+            listener.on_message(f"checked {num_done:,} of {num_samples:,}")
+
+    report = check_samples(
+        samples, encoder, quarantine, max_bad_fraction=config.data.max_bad_fraction, on_progress=say_progress
+    )
+    for text in _changes(report, config.data):
+        listener.on_message(f"{name} data: {text}")
+    return report
 
 
-def _say_what_was_changed(report: CheckReport, config: TrainingConfig, listener: TrainingListener) -> None:
-    limit = f"data.max_length = {config.data.max_length} text tokens"
+def _changes(report: CheckReport, settings: DataConfig) -> list[str]:
+    """What was changed about the samples, a sentence each."""
+    limit = f"data.max_length = {settings.max_length} text tokens"
+    changes = []
     if report.num_shortened_prompts:
-        listener.on_message(
-            f"{report.num_shortened_prompts} prompts lose {report.num_cut_prompt_tokens} tokens in all to {limit}"
-        )
+        changes.append(f"{report.num_shortened_prompts} prompts lose {report.num_cut_prompt_tokens} tokens to {limit}")
     if report.num_shortened_answers:
-        listener.on_message(
-            f"{report.num_shortened_answers} answers lose {report.num_cut_answer_tokens} tokens in all to {limit}"
-        )
+        changes.append(f"{report.num_shortened_answers} answers lose {report.num_cut_answer_tokens} tokens to {limit}")
     if report.num_escaped:
-        listener.on_message(f"{report.num_escaped} special tokens spelled out in texts were broken up")
+        changes.append(f"{report.num_escaped} special tokens spelled out in texts were broken up")
+    return changes
+
+
+def _record(samples: SampleSet, report: CheckReport) -> dict[str, Any]:
+    """The part of data.json about one set: its files, and all counts of the check."""
+    counts = {item.name: getattr(report, item.name) for item in fields(report) if item.name != "samples"}
+    files = [asdict(file) | {"path": str(file.path)} for file in samples.manifest]
+    return {"files": files, "num_samples": len(report.samples)} | counts
 
 
 def _sha256_of(samples: object) -> str:

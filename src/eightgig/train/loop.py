@@ -7,8 +7,10 @@ import time
 from collections.abc import Iterator, Mapping
 
 import torch
+from accelerate.utils import set_seed
 
 from eightgig.core.errors import DoesNotFit
+from eightgig.core.seeds import derive_seed
 from eightgig.core.units import format_bytes
 from eightgig.data.batch import MicroBatch
 from eightgig.models.adapters import check_gradients
@@ -73,6 +75,7 @@ class TrainingLoop:
         micro_batches = next(batches)
         data_wait_s = time.perf_counter() - started
         counts = _count(run, micro_batches)
+        self._seed(step)
         result = run.step(micro_batches, counts["num_target_tokens"])
         grad_norm = run.step.finish_gradients()
         self._check_gradients_once(grad_norm, counts["num_images"])
@@ -96,6 +99,11 @@ class TrainingLoop:
             **run.meter.step_fields(),
         }
         self.journal.step(record, eta_s=self._eta_s(step, step_s), steps_planned=run.num_steps)
+
+    def _seed(self, step: int) -> None:
+        """Start every generator anew for `step`: a resumed or repeated step draws what it would have drawn."""
+        seed = derive_seed(self.run.config.seed, "step", step, self.run.accelerator.process_index)
+        set_seed(seed % 2**32)  # numpy takes no more bits
 
     def _check_gradients_once(self, grad_norm: float, num_images: int) -> None:
         """Check at the first step that can tell: all gradients finite, and an image in it where the data has any."""

@@ -18,7 +18,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     records: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # Not splitlines: a generated answer may hold one of the other characters that it takes for line ends.
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
     for number, line in enumerate(lines):
         try:
             records.append(json.loads(line))
@@ -78,6 +79,11 @@ class RunFolder:
     def quarantine(self) -> Path:
         """Samples left out, each with its reason."""
         return self.path / "quarantine.jsonl"
+
+    @property
+    def data(self) -> Path:
+        """The data files with their hashes, and what the check counted."""
+        return self.path / "data.json"
 
     @property
     def checkpoints(self) -> Path:

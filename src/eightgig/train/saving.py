@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from eightgig.checkpoint.retention import newest_sound_checkpoint, prune, record_best
-from eightgig.checkpoint.rng import capture_rng_state, restore_rng_state
 from eightgig.checkpoint.store import read_checkpoint, write_checkpoint
 from eightgig.train.events import TrainingListener
 from eightgig.train.journal import Journal
@@ -51,7 +50,6 @@ class Saver:
             "optimizer": step.optimizer.state_dict(),
             "scheduler": step.scheduler.state_dict(),
             "scaler": step.scaler.state_dict() if step.scaler is not None else None,
-            "rng": capture_rng_state(),
         }
 
 
@@ -60,7 +58,7 @@ def resume_from_checkpoint(
 ) -> int:
     """Put `run` where its newest sound checkpoint left it; returns the steps done.
 
-    Call it last before the loop: it also puts back the random number generators.
+    Neither the order of the data nor the random number generators are restored: both are functions of the step.
 
     Raises:
         CheckpointError: there is no usable checkpoint, or the config, data or trainable weights differ.
@@ -72,5 +70,4 @@ def resume_from_checkpoint(
     step.scheduler.load_state_dict(checkpoint.state["scheduler"])
     if step.scaler is not None:
         step.scaler.load_state_dict(checkpoint.state["scaler"])
-    restore_rng_state(checkpoint.state["rng"])
     return checkpoint.step

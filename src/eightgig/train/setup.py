@@ -19,7 +19,7 @@ from eightgig.models.precision import Precision, choose_precision
 from eightgig.models.trainable import trainable_parameters
 from eightgig.registry import ModelSpec, resolve
 from eightgig.step.step import Compute, TrainingStep
-from eightgig.train.datasets import load_datasets
+from eightgig.train.datasets import check_data, read_data
 from eightgig.train.events import TrainingListener
 from eightgig.train.memory_meter import MemoryMeter
 from eightgig.train.optimizer import build_optimizer, build_scheduler
@@ -77,9 +77,10 @@ def build_run(config: TrainingConfig, place: Place, folder: RunFolder, listener:
     """Everything that `config` describes, ready to train. The data is checked before any weight is loaded."""
     if place.precision.note is not None:
         listener.on_message(place.precision.note)
+    read = read_data(config.data, folder)
     spec = resolve(config.model.name, config.model.revision)
     encoder = _build_encoder(config, spec)
-    data = load_datasets(config, encoder, folder.quarantine, listener)
+    data = check_data(read, config, encoder, folder, listener)
     listener.on_message(f"loading {spec.name}")
     loaded = load_model(config, spec, place.device, place.precision)
     attach_adapters(loaded, config)

@@ -63,6 +63,7 @@ class Validator:
             run.encoder,
             run.generation_samples,
             run.step.compute,
+            batch_size=run.config.training.batch_size,
             max_new_tokens=run.config.validation.max_new_tokens,
         )
 

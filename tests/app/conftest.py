@@ -1,0 +1,59 @@
+"""A tiny model and data set, and a way to run the whole of `eightgig train` on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.tiny import build_tiny_llava, write_llava_jsonl
+
+from eightgig.app.training import train
+from eightgig.config import TrainingConfig
+from eightgig.train.events import RunOutcome, SilentListener
+
+NUM_SAMPLES = 14
+IMAGE_PX = 32
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_llava(tmp_path_factory.mktemp("tiny") / "model", image_px=IMAGE_PX)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    return write_llava_jsonl(folder, NUM_SAMPLES, num_turns=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_model: Path, tiny_data: Path) -> Callable[..., TrainingConfig]:
+    """Settings of a run of six steps in fp32; keyword arguments replace whole sections' keys, e.g. training={...}."""
+
+    def make(**sections: dict[str, Any]) -> TrainingConfig:
+        values: dict[str, Any] = {
+            "model": {"name": str(tiny_model)},
+            "data": {"data_path": str(tiny_data), "num_workers": 0, "val_fraction": 0.15},
+            "training": {"batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 6, "learning_rate": 5e-3},
+            "hardware": {"device": "cpu", "mixed_precision": "fp32"},
+            "validation": {"every_steps": 4, "num_generated": 1, "max_new_tokens": 4},
+            "checkpoints": {"every_steps": 2, "keep_last": 3},
+        }
+        for name, section in sections.items():
+            values[name] = values.get(name, {}) | section
+        return TrainingConfig.model_validate(values)
+
+    return make
+
+
+@pytest.fixture
+def run_training(tmp_path: Path) -> Callable[..., RunOutcome]:
+    """Train as a config says, in a new folder below the test's own."""
+
+    def run(config: TrainingConfig, *, name: str = "run", **changes: Any) -> RunOutcome:
+        arguments: dict[str, Any] = {"listener": SilentListener(), "command": "test", "sources": {}}
+        return train(config, run_folder=tmp_path / name, **(arguments | changes))
+
+    return run

@@ -1,0 +1,103 @@
+"""What only a CUDA device can show. Run on the lent machine: `python -m pytest -m gpu tests/gpu`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import build_tiny_llava, write_llava_jsonl
+
+from eightgig.app.training import resume, train
+from eightgig.config import TrainingConfig
+from eightgig.core.errors import DoesNotFit
+from eightgig.train.events import RunOutcome, SilentListener
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("gpu")
+    return build_tiny_llava(folder / "model", image_px=32), write_llava_jsonl(folder / "data", 12)
+
+
+@pytest.fixture
+def run(paths: tuple[Path, Path], tmp_path: Path) -> Callable[..., RunOutcome]:
+    def train_tiny(*, name: str = "run", listener: Any = None, **sections: dict[str, Any]) -> RunOutcome:
+        values: dict[str, Any] = {
+            "model": {"name": str(paths[0])},
+            "data": {"data_path": str(paths[1]), "num_workers": 2, "val_fraction": 0.2},
+            "training": {"gradient_accumulation_steps": 4, "max_steps": 8, "learning_rate": 5e-3},
+            "hardware": {"device": "cuda"},
+            "validation": {"num_generated": 1, "max_new_tokens": 4},
+            "checkpoints": {"every_steps": 2},
+        }
+        for section, changes in sections.items():
+            values[section] = values[section] | changes
+        return train(
+            TrainingConfig.model_validate(values),
+            sources={},
+            run_folder=tmp_path / name,
+            listener=listener or SilentListener(),
+            command="test",
+        )
+
+    return train_tiny
+
+
+def _losses(outcome: RunOutcome) -> list[float]:
+    lines = (outcome.run_folder / "metrics.jsonl").read_text().splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if record["kind"] == "step"]
+
+
+@pytest.mark.parametrize("optimizer", ["auto", "paged_adamw_8bit", "adamw"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_it_learns_in_every_precision_with_every_optimizer(
+    run: Callable[..., RunOutcome], precision: str, optimizer: str
+) -> None:
+    outcome = run(hardware={"mixed_precision": precision}, training={"optimizer": optimizer})
+    losses = _losses(outcome)
+    assert losses[-1] < losses[0]
+    assert outcome.verification is not None
+    assert outcome.verification["ok"]
+
+
+def test_the_categories_of_memory_add_up_to_the_peak(run: Callable[..., RunOutcome]) -> None:
+    peak = run().peak
+    inside = {name: size for name, size in peak["categories"].items() if name != "CUDA context"}
+    assert sum(inside.values()) == peak["peak_reserved_bytes"]
+    assert all(size >= 0 for size in peak["categories"].values())
+
+
+def test_checkpointing_takes_less_memory_and_gives_the_same_loss(run: Callable[..., RunOutcome]) -> None:
+    training = {"batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 2}
+    kept = run(name="kept", training=training, hardware={"gradient_checkpointing": False})
+    recomputed = run(name="recomputed", training=training, hardware={"gradient_checkpointing": True})
+    assert recomputed.peak["peak_allocated_bytes"] < kept.peak["peak_allocated_bytes"]
+    assert _losses(recomputed) == pytest.approx(_losses(kept), rel=2e-3)
+
+
+def test_a_cap_that_is_too_small_says_what_does_not_fit(run: Callable[..., RunOutcome]) -> None:
+    try:
+        with pytest.raises(DoesNotFit, match=r"ran out of memory in step \d+, with [\d.]+ MiB reserved by PyTorch"):
+            run(hardware={"cap_gib": 0.06}, training={"batch_size": 8, "gradient_accumulation_steps": 1})
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_an_interrupted_run_goes_on_to_nearly_the_same_losses(run: Callable[..., RunOutcome], tmp_path: Path) -> None:
+    class Stopping(SilentListener):
+        def on_step(self, record: Any) -> None:
+            if record["step"] == 5:
+                raise KeyboardInterrupt
+
+    whole = run(name="whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(name="stopped", listener=Stopping())
+    resumed = resume(tmp_path / "stopped", listener=SilentListener(), command="test")
+    # Kernels on the GPU add in any order, so equal within rounding, not bit for bit.
+    assert _losses(resumed) == pytest.approx(_losses(whole), rel=1e-2)
