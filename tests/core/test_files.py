@@ -26,6 +26,16 @@ def test_a_crash_while_writing_keeps_the_old_content(tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_what_is_written_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("x")
+    (tmp_path / "plain-folder").mkdir()
+    write_text(tmp_path / "a.txt", "x")
+    with whole_folder(tmp_path / "folder"):
+        pass
+    assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "folder").stat().st_mode == (tmp_path / "plain-folder").stat().st_mode
+
+
 def test_a_folder_that_fails_half_way_vanishes(tmp_path: Path) -> None:
     def write_half() -> None:
         with whole_folder(tmp_path / "checkpoint") as folder:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from eightgig import __version__
+from eightgig.models.adapters import adapted_layers
 from eightgig.train.run import Run
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "safetensors", "pillow")
@@ -31,6 +32,7 @@ def facts_at_start(run: Run) -> dict[str, Any]:
         "precision": {"compute_dtype": str(precision.compute_dtype).removeprefix("torch."), "note": precision.note},
         "num_processes": run.accelerator.num_processes,
         "steps_planned": run.num_steps,
+        "adapted_layers": adapted_layers(run.model),
         "num_trainable_parameters": receipt.num_trainable,
         "num_parameters": receipt.num_parameters,
         "num_train_samples": len(run.data.train),

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,11 @@ def existing_parent(path: Path) -> Path:
     return path
 
 
+def _partial_name(path: Path) -> Path:
+    """A name beside `path` that nothing has; not through `tempfile`, whose files only their owner may read."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` (UTF-8) to `path`: the old content or the new one is there, never half of it."""
     write_bytes(path, text.encode())
@@ -65,15 +70,15 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path`: the old content or the new one is there, never half of it."""
     with explained_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = _partial_name(path)
         try:
-            with os.fdopen(descriptor, "wb") as stream:
+            with temporary.open("wb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         fsync_path(path.parent)
 
@@ -91,7 +96,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     with explained_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        temporary = _partial_name(path)
+        temporary.mkdir()
         try:
             yield temporary
             for item in sorted(temporary.rglob("*")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,12 @@ def attach_adapters(loaded: LoadedModel, config: TrainingConfig) -> None:
         )
     loaded.receipt = make_receipt(loaded.model, loaded.spec, config)
     loaded.receipt.check()
+
+
+def adapted_layers(model: Any) -> dict[str, int]:
+    """How many layers of each kind (`q_proj`, ...) carry an adapter; empty without adapters."""
+    kinds = Counter(path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, LoraLayer))
+    return dict(sorted(kinds.items()))
 
 
 def target_paths(model: nn.Module, pattern: str) -> list[str]:

@@ -13,7 +13,7 @@ from eightgig.data.encode import Encoder
 from eightgig.data.order import StepOrder
 from eightgig.memory.cap import limit_allocator
 from eightgig.memory.checkpointing import checkpoint_layers
-from eightgig.models.adapters import attach_adapters
+from eightgig.models.adapters import adapted_layers, attach_adapters
 from eightgig.models.load import load_model, load_processor, weight_dtype
 from eightgig.models.precision import Precision, choose_precision
 from eightgig.models.trainable import trainable_parameters
@@ -84,6 +84,10 @@ def build_run(config: TrainingConfig, place: Place, folder: RunFolder, listener:
     listener.on_message(f"loading {spec.name}")
     loaded = load_model(config, spec, place.device, place.precision)
     attach_adapters(loaded, config)
+    layers = adapted_layers(loaded.model)
+    if layers:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in layers.items())
+        listener.on_message(f"adapters on {sum(layers.values())} layers: {kinds}")
     if config.hardware.gradient_checkpointing:
         has_dropout = config.training.lora is not None and config.training.lora.dropout > 0
         checkpoint_layers(loaded.model, spec.family.decoder_layers(loaded.model), preserve_rng_state=has_dropout)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eightgig.data.loader import validation_batches
 from eightgig.evaluate.generate import Generation, generate_answers
 from eightgig.evaluate.loss import validation_loss
+from eightgig.evaluate.metrics import METRICS
 from eightgig.train.journal import Journal
 from eightgig.train.run import Run
 
@@ -31,13 +32,12 @@ class Validator:
             # One process suffices for a few answers; the others wait for it below.
             generations = self._generate() if run.accelerator.is_main_process else []
         run.accelerator.wait_for_everyone()
-        matches = [generation.correct for generation in generations]
         record = {
             "kind": "validation",
             "step": step,
             "loss": loss,
-            "exact_match": sum(matches) / len(matches) if matches else None,
-            "num_generated": len(matches),
+            **_mean_metrics(generations),
+            "num_generated": len(generations),
             "validation_s": time.perf_counter() - started,
         }
         self._journal.validation(record, [_row(step, generation) for generation in generations])
@@ -66,6 +66,16 @@ class Validator:
             batch_size=run.config.training.batch_size,
             max_new_tokens=run.config.validation.max_new_tokens,
         )
+
+
+def _mean_metrics(generations: Sequence[Generation]) -> dict[str, float | None]:
+    """The mean of every metric over `generations`, None where there are none."""
+    if not generations:
+        return dict.fromkeys(METRICS)
+    return {
+        name: sum(metric(generation.answer, generation.expected) for generation in generations) / len(generations)
+        for name, metric in METRICS.items()
+    }
 
 
 def _row(step: int, generation: Generation) -> Mapping[str, Any]:
