@@ -31,7 +31,7 @@ class DemoSettings:
     """Ten times what a 7B model takes: the model is a thousand times smaller and has 240 steps."""
 
     warmup_ratio: float = 0.08
-    """20 steps, in which the zero half of each adapter grows."""
+    """19 steps, in which the zero half of each adapter grows."""
 
     weight_decay: float = 0.0
     """Nothing to regularise: the pictures are new nearly every time."""
