@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from eightgig.models.precision import Precision
 from eightgig.models.quantization import disable_cpu_repacking, quantization_config
 from eightgig.models.random_weights import build_random
 from eightgig.models.receipt import Receipt, make_receipt
-from eightgig.registry.hub import explained_hub_errors
+from eightgig.registry.hub import explained_hub_errors, must_use_cache
 
 if TYPE_CHECKING:
     from eightgig.config import TrainingConfig
@@ -114,7 +115,7 @@ def load_processor(config: TrainingConfig, spec: ModelSpec) -> Any:
     if spec.facts.folder is not None:
         _check_processor_files(spec.facts.folder)
     with explained_hub_errors(spec.location, config.model.revision):
-        return AutoProcessor.from_pretrained(spec.location, **_revision(config, spec))
+        return AutoProcessor.from_pretrained(spec.location, **_hub_arguments(config, spec))
 
 
 def without_graph_when_frozen(module: nn.Module) -> None:
@@ -145,7 +146,7 @@ def _from_pretrained(
         attn_implementation="sdpa",
         quantization_config=quantization,
         output_loading_info=True,
-        **_revision(config, spec),
+        **_hub_arguments(config, spec),
     )
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers would go on with random values in their place
@@ -157,9 +158,13 @@ def _from_pretrained(
     return model
 
 
-def _revision(config: TrainingConfig, spec: ModelSpec) -> dict[str, str]:
-    is_remote = spec.facts.folder is None and config.model.revision is not None
-    return {"revision": str(config.model.revision)} if is_remote else {}
+def _hub_arguments(config: TrainingConfig, spec: ModelSpec) -> dict[str, Any]:
+    """What `from_pretrained` is told about a model of the hub; nothing for a local folder."""
+    if spec.facts.folder is not None:
+        return {}
+    revision = config.model.revision
+    arguments: dict[str, Any] = {"local_files_only": must_use_cache(spec.location, revision)}
+    return arguments if revision is None else arguments | {"revision": revision}
 
 
 def _check_weights_exist(folder: Path) -> None:
@@ -202,6 +207,21 @@ def _check_processor_files(folder: Path) -> None:
                 expected="the processor's files beside the weights, as save_pretrained or `hf download` writes them",
                 next_step="copy them from the model's own repository into the folder",
             )
+    for name in sorted(name for names in PROCESSOR_FILES.values() for name in names if name.endswith(".json")):
+        _check_json(folder / name)
+
+
+def _check_json(path: Path) -> None:
+    """Raise CheckpointError where `path` is there and no JSON; the libraries that read it tell this in many ways."""
+    try:
+        if path.is_file():
+            json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
+        raise CheckpointError(
+            f"{path} is damaged: {error}",
+            expected="complete JSON, as save_pretrained or `hf download` writes it",
+            next_step="copy the file again from the model's own repository",
+        ) from error
 
 
 def _freeze(model: Any, spec: ModelSpec, method: TrainingMethod) -> None:
