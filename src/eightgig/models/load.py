@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -17,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from eightgig.config import MixedPrecision, TrainingMethod
 from eightgig.core.errors import CheckpointError, DoesNotFit, UnsupportedModel
+from eightgig.core.logging import get_logger
 from eightgig.models.precision import Precision
 from eightgig.models.quantization import disable_cpu_repacking, quantization_config
 from eightgig.models.random_weights import build_random
@@ -32,7 +34,16 @@ PROCESSOR_FILES = {
     "image processor settings": ("processor_config.json", "preprocessor_config.json"),
     "tokenizer": ("tokenizer.json", "tokenizer.model"),
 }
+JSON_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 MAX_NAMED_KEYS = 3
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -146,6 +157,7 @@ def _from_pretrained(
         attn_implementation="sdpa",
         quantization_config=quantization,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, with their names
         **_hub_arguments(config, spec),
     )
     missing = sorted(loading["missing_keys"])
@@ -155,6 +167,13 @@ def _from_pretrained(
             expected=f"every weight of {type(model).__name__}",
             next_step="copy or download the model again; a shard may be missing, or the folder is of another model",
         )
+    for name, shape, expected in sorted(loading["mismatched_keys"]):
+        raise _other_shapes(spec, f"{name} has the shape {tuple(shape)}, not {tuple(expected)}")
+    _check_4bit_shapes(model, spec)
+    unused = sorted(loading["unexpected_keys"])
+    if unused:
+        named = ", ".join(unused[:MAX_NAMED_KEYS])
+        logger.warning("%d weights of %s have no place in the model: %s", len(unused), spec.location, named)
     return model
 
 
@@ -177,11 +196,34 @@ def _check_weights_exist(folder: Path) -> None:
     )
 
 
+def _check_4bit_shapes(model: nn.Module, spec: ModelSpec) -> None:
+    """Raise UnsupportedModel where a 4-bit weight has not its layer's shape: transformers checks only the others."""
+    for path, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit) and module.weight.quant_state is not None:
+            shape, expected = tuple(module.weight.quant_state.shape), (module.out_features, module.in_features)
+            if shape != expected:
+                raise _other_shapes(spec, f"{path}.weight has the shape {shape}, not {expected}")
+
+
+def _other_shapes(spec: ModelSpec, what: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"the weights of {spec.location} do not fit its config.json: {what}",
+        expected="weights and config.json of the same model",
+        next_step="copy or download the model's files again, all from one place",
+    )
+
+
 @contextlib.contextmanager
 def _explained_load_errors(config: TrainingConfig, spec: ModelSpec, device: torch.device) -> Iterator[None]:
     try:
         with explained_hub_errors(spec.location, config.model.revision):
             yield
+    except FileNotFoundError as error:
+        raise UnsupportedModel(
+            f"{spec.location} is not complete: {error}",
+            expected="every file that its index (model.safetensors.index.json) names",
+            next_step="copy or download the model again; a shard is missing",
+        ) from error
     except SafetensorError as error:
         raise CheckpointError(
             f"a weights file of {spec.location} is damaged: {error}",
@@ -207,15 +249,15 @@ def _check_processor_files(folder: Path) -> None:
                 expected="the processor's files beside the weights, as save_pretrained or `hf download` writes them",
                 next_step="copy them from the model's own repository into the folder",
             )
-    for name in sorted(name for names in PROCESSOR_FILES.values() for name in names if name.endswith(".json")):
+    for name in JSON_FILES:
         _check_json(folder / name)
 
 
 def _check_json(path: Path) -> None:
     """Raise CheckpointError where `path` is there and no JSON; the libraries that read it tell this in many ways."""
     try:
-        if path.is_file():
-            json.loads(path.read_text(encoding="utf-8"))
+        if path.is_file() and not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+            raise ValueError("it holds no object")
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
         raise CheckpointError(
             f"{path} is damaged: {error}",

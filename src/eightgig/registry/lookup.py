@@ -110,9 +110,11 @@ def _spec_of_folder(folder: Path, *, name: str) -> ModelSpec:
         raise _no_config(folder)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        if not isinstance(config, dict):
+            raise ValueError(f"a {type(config).__name__}, not an object")
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
         raise UnsupportedModel(
-            f"{path} is not JSON: {error}",
+            f"{path} is not JSON of a model: {error}",
             expected="the config.json that transformers' save_pretrained writes",
             next_step="copy the model's folder again; the file is damaged",
         ) from error
@@ -147,5 +149,14 @@ def _spec_of_config(
             expected=f"one of: {', '.join(known)}",
             next_step="choose a model of a supported family; `eightgig config schema` describes model.name",
         )
-    facts: ModelFacts = family.facts_from_config(config, name=name, folder=folder, hub_id=hub_id)
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        facts: ModelFacts = family.facts_from_config(config, name=name, folder=folder, hub_id=hub_id)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UnsupportedModel(
+            f"{source} can't be read as that of a {family.name} model: {' '.join(str(error).split())[:200]}",
+            expected="the config.json that transformers' save_pretrained writes",
+            next_step="copy the model again; the file was changed, or is of a version that transformers can't read",
+        ) from error
     return ModelSpec(family, facts)
