@@ -10,8 +10,9 @@ from accelerate.utils import broadcast_object_list
 
 from eightgig.app.finishing import finish
 from eightgig.app.run_facts import facts_at_start, now_utc
+from eightgig.checkpoint.retention import newest_sound_checkpoint
 from eightgig.config import TrainingConfig, load_config, save_config
-from eightgig.core.errors import CheckpointError
+from eightgig.core.errors import CheckpointError, DoesNotFit, EnvironmentProblem
 from eightgig.core.files import write_json
 from eightgig.data.loader import StepLoader, WorkerSettings
 from eightgig.train.events import RunOutcome, RunStart, SilentListener, TrainingListener
@@ -77,12 +78,14 @@ def resume(run_folder: Path, *, listener: TrainingListener, command: str) -> Run
         )
     config = load_config(folder.config).config
     place = choose_place(config)
+    told: TrainingListener = listener if place.accelerator.is_main_process else SilentListener()
+    checkpoint = newest_sound_checkpoint(folder.checkpoints, told.on_message)  # before minutes of loading
     if place.accelerator.is_main_process:
         folder.update_facts(status="running", command=command)
     with _status_kept(folder, place):
         run, told = _prepare(config, place, folder, listener)
         marks = fingerprint(config, run.data.fingerprint, run.trainable)
-        steps_done = resume_from_checkpoint(run, folder, marks, told)
+        steps_done = resume_from_checkpoint(run, checkpoint, marks)
         if place.accelerator.is_main_process:
             folder.forget_after(steps_done)
         return _run_to_the_end(run, folder, told, steps_done=steps_done)
@@ -107,7 +110,9 @@ def _status_kept(folder: RunFolder, place: Place) -> Iterator[None]:
     except BaseException as error:
         if place.accelerator.is_main_process:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            folder.update_facts(status=status, finished_at=now_utc(), reason=str(error) or type(error).__name__)
+            # A full disk takes no status either; the user is to hear of what ended the run, not of that.
+            with contextlib.suppress(DoesNotFit, EnvironmentProblem):
+                folder.update_facts(status=status, finished_at=now_utc(), reason=str(error) or type(error).__name__)
         raise
 
 
