@@ -74,9 +74,9 @@ def run_demo(*, output_dir: Path, seed: int, listener: TrainingListener) -> Demo
         report_path=outcome.report_path,
         train_s=outcome.train_s,
         next_commands=(
-            "eightgig train --data my-data.jsonl --dry-run",
-            "eightgig train --data my-data.jsonl --preset ultra_low_memory --model llava-1.5-7b",
-            "eightgig predict runs/RUN --image picture.png --question 'What is shown?'",
+            "eightgig train ultra_low_memory --data my-data.jsonl --run-folder runs/mine --dry-run",
+            "eightgig train ultra_low_memory --data my-data.jsonl --run-folder runs/mine",
+            "eightgig predict runs/mine --image picture.png --question 'What is shown?'",
         ),
     )
 
