@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,3 +254,48 @@ def test_a_setting_that_the_model_can_not_take(
     ended = eightgig.train("--set", setting)
     check_message(ended, 2, *said)
     assert ended.new - {"tiny.json"} == left
+
+
+def _typed_without_offline_mode(arguments: list[str], folder: Path, **environment: str) -> tuple[int, str, float]:
+    """Exit code, stderr and seconds of the real command in a process of its own, with a hub that refuses to talk."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    # Port 9 ("discard") of this machine: nothing listens, so the connection is refused at once.
+    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "hub"), "NO_PROXY": "127.0.0.1"}
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "eightgig", *arguments],
+        cwd=folder,
+        env=kept | hub | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stderr, time.perf_counter() - started
+
+
+def test_without_a_network_the_message_comes_soon_and_alone(tmp_path: Path, tiny_data: Path) -> None:
+    code, err, seconds = _typed_without_offline_mode(["train", "full", "--data", str(tiny_data)], tmp_path)
+    assert code == 6
+    hub = "http://127.0.0.1:9"
+    assert err.splitlines() == [
+        f"error: llava-hf/llava-1.5-7b-hf is not on this machine, and {hub} (from HF_ENDPOINT) can't be reached",
+        "  expected: a network connection to the hub",
+        "  next: check the connection or the proxy (HTTPS_PROXY), unset HF_ENDPOINT or correct it, "
+        "or give a local folder as model.name",
+    ]
+    assert seconds < 60  # five or so of imports; with the clients' own retries it took 144
+
+
+def test_without_a_network_a_model_in_the_cache_is_used(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
+    repository = tmp_path / "hub" / "hub" / "models--some--llava"
+    shutil.copytree(tiny_model, repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    code, err, seconds = _typed_without_offline_mode(
+        ["train", "--data", str(tiny_data), "--model", "some/llava", "--set", "data.image_size=32", "--dry-run"],
+        tmp_path,
+    )
+    assert code == 0, err
+    assert "Retrying" not in err
+    assert "adapters on 14 layers" in err
+    assert seconds < 60

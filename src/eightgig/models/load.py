@@ -150,6 +150,7 @@ def _from_pretrained(
 ) -> Any:
     if spec.facts.folder is not None:
         _check_weights_exist(spec.facts.folder)
+    hub_arguments = _hub_arguments(config, spec)
     model, loading = AutoModelForImageTextToText.from_pretrained(
         spec.location,
         dtype=dtype,
@@ -158,7 +159,9 @@ def _from_pretrained(
         quantization_config=quantization,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are refused below, with their names
-        **_hub_arguments(config, spec),
+        **hub_arguments,
+        # transformers also looks for an adapter among the model's files, with arguments of its own.
+        adapter_kwargs=hub_arguments,
     )
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers would go on with random values in their place
