@@ -109,18 +109,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path`: the old content or the new one is there, never half of it."""
-    with explained_write_errors(path):
+    with explained_write_errors(path), contextlib.ExitStack() as on_failure:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _partial_name(path)
-        try:
-            with temporary.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        on_failure.callback(temporary.unlink, missing_ok=True)
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        on_failure.pop_all()
         fsync_path(path.parent)
 
 
@@ -133,21 +131,22 @@ def write_json(path: Path, value: Any) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path` that becomes `path` when the block ends well, and vanishes otherwise.
 
-    Every file is synced to disk before the one rename that makes the folder appear.
+    Every file is synced to disk before the one rename that makes the folder appear; a folder that was there before is
+    moved aside for it and deleted last.
     """
-    with explained_write_errors(path):
+    with explained_write_errors(path), contextlib.ExitStack() as on_failure:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _partial_name(path)
+        temporary, replaced = _partial_name(path), _partial_name(path)
         temporary.mkdir()
-        try:
-            yield temporary
-            for item in sorted(temporary.rglob("*")):
-                fsync_path(item)
-            fsync_path(temporary)
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        on_failure.callback(shutil.rmtree, temporary, ignore_errors=True)
+        yield temporary
+        for item in sorted(temporary.rglob("*")):
+            fsync_path(item)
+        fsync_path(temporary)
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(temporary, path)
+        on_failure.pop_all()
         fsync_path(path.parent)
+        if replaced.exists():
+            shutil.rmtree(replaced)
