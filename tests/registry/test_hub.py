@@ -198,3 +198,14 @@ def test_offline_mode_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     _fail_with(monkeypatch, AssertionError("the hub was asked"))
     assert hub.must_use_cache(HUB_ID, None)
+
+
+def test_a_damaged_config_in_the_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type":')
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(path))
+    with pytest.raises(
+        UnsupportedModel, match=r"config\.json of somebody/some-llava is not JSON[\s\S]*delete .*config"
+    ):
+        registry.resolve(HUB_ID)

@@ -40,7 +40,14 @@ def read_config(hub_id: str, revision: str | None) -> dict[str, Any]:
     with explained_hub_errors(hub_id, revision):
         only_cache = must_use_cache(hub_id, revision)
         path = huggingface_hub.hf_hub_download(hub_id, CONFIG, revision=revision, local_files_only=only_cache)
-    config: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        config: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
+        raise UnsupportedModel(
+            f"the {CONFIG} of {hub_id} is not JSON: {error}",
+            expected="the config.json that transformers' save_pretrained writes",
+            next_step=f"delete {path} and run again, so that it is downloaded anew",
+        ) from error
     return config
 
 
