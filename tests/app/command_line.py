@@ -12,8 +12,9 @@ import pytest
 
 from eightgig.cli.entry import run_command
 
-RUN = frozenset({"run", "run/config.json", "run/run.json", "run/sources.json"})
-CHECKED = RUN | {"run/data.json", "run/quarantine.jsonl"}
+NOTHING: frozenset[str] = frozenset()
+# What a run leaves that set samples aside and ended before its first step.
+QUARANTINED = frozenset({"run", "run/config.json", "run/run.json", "run/sources.json", "run/quarantine.jsonl"})
 
 
 @dataclass(frozen=True)

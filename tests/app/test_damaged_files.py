@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 from safetensors import SafetensorError
-from tests.app.command_line import CommandLine, check_message
+from tests.app.command_line import NOTHING, CommandLine, check_message
+from tests.tiny import write_jsonl
 
 from eightgig.app import finishing
 from eightgig.app.training import train
@@ -27,7 +28,6 @@ from eightgig.config import TrainingConfig
 from eightgig.export.verify import Verification
 from eightgig.train.events import SilentListener
 
-NOTHING: frozenset[str] = frozenset()
 MAX_STEPS = 6
 
 
@@ -269,7 +269,9 @@ def test_other_data_than_before_is_refused(eightgig: CommandLine, run: Path) -> 
 
 
 def test_a_run_that_never_loaded_its_model_has_no_receipt(eightgig: CommandLine) -> None:
-    assert eightgig.train("--data", "gone.jsonl").code == 3
+    record = json.loads(eightgig.data.read_text().splitlines()[0])
+    write_jsonl(eightgig.folder / "d.jsonl", [record | {"image": "gone.png"}])
+    assert eightgig.train("--data", "d.jsonl").code == 3
     check_message(eightgig("inspect", "run"), 7, "the run run has no receipt", "start it again")
 
 

@@ -119,10 +119,8 @@ class RunFolder:
         with explained_write_errors(wanted or output_dir):
             path = wanted if wanted is not None else _first_free(output_dir, stem)
             run = cls(path)
-            if path.is_dir() and run._ended_before_its_first_step():
-                for file in (run.config, run.sources, run.facts, run.receipt, run.data, run.quarantine):
-                    file.unlink(missing_ok=True)
-            elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            was_removed = run.remove_if_never_begun()
+            if not was_removed and path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise _taken(run)
             path.mkdir(parents=True, exist_ok=True)
         return run
@@ -149,10 +147,24 @@ class RunFolder:
         """Whether a run was started here."""
         return self.config.is_file() and self.facts.is_file()
 
-    def _ended_before_its_first_step(self) -> bool:
-        """Whether there is a run, not one that is running, and it has neither numbers nor checkpoints."""
+    @property
+    def has_quarantined(self) -> bool:
+        """Whether samples were set aside, which the user will want to see."""
+        return self.quarantine.is_file() and self.quarantine.stat().st_size > 0
+
+    def remove_if_never_begun(self) -> bool:
+        """Delete what a run left that ended before its first step: one with neither numbers nor checkpoints.
+
+        A run that is running is left alone, and so are files that are not a run's own. Returns whether it was deleted.
+        """
         has_results = any(path.exists() for path in (self.metrics, self.generations, self.checkpoints))
-        return self.is_run and not has_results and self.read_facts().get("status") != "running"
+        if not self.is_run or has_results or self.read_facts().get("status") == "running":
+            return False
+        for file in (self.config, self.sources, self.receipt, self.data, self.quarantine, self.facts):
+            file.unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+        return True
 
     def read_facts(self) -> dict[str, Any]:
         """The content of run.json, empty before it is written.
