@@ -27,7 +27,6 @@ from eightgig.report.wording import format_count, format_duration, format_share
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-OWN_LICENCE = "Apache-2.0"  # of the packaged model: its weights were trained here
 MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 CHINESE = {
@@ -193,7 +192,7 @@ def _model_rows() -> list[list[str]]:
             [
                 f"`{facts.name}`",
                 "in the package" if facts.hub_id is None else f"`{facts.hub_id}`",
-                f"`{OWN_LICENCE if facts.hub_id is None else facts.licence}`",
+                f"`{facts.licence}`",
                 format_count(facts.num_parameters or _count_parameters(Path(spec.location))),
                 f"{facts.image_px} px",
                 str(num_image_tokens),

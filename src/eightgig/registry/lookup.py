@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,17 @@ from eightgig.registry.llava import LlavaFamily
 
 FAMILIES: tuple[ModelFamily, ...] = (LlavaFamily(),)
 
-# Ships inside the package. Its facts are read off its config.json, which is there only once the model was trained.
+# Ships inside the package, trained by `benchmarks/demo_model`. Its facts are read off its config.json.
+PACKAGED_LICENCE = "Apache-2.0"
 PACKAGED_MODELS = {"eightgig-demo": Path(eightgig.__file__).parent / "demo" / "model"}
 
 ADAPTER_CONFIG = "adapter_config.json"
 
 
 def all_specs() -> tuple[ModelSpec, ...]:
-    """Every model known by name, in the order of the families; packaged ones that are not built yet are left out."""
+    """Every model known by name, in the order of the families, then those that ship inside the package."""
     specs = [ModelSpec(family, facts) for family in FAMILIES for facts in family.models]
-    packaged = [
-        _spec_of_folder(folder, name=name)
-        for name, folder in PACKAGED_MODELS.items()
-        if (folder / "config.json").is_file()
-    ]
-    return (*specs, *packaged)
+    return (*specs, *map(_packaged_spec, PACKAGED_MODELS))
 
 
 def get(name: str) -> ModelSpec:
@@ -41,7 +38,7 @@ def get(name: str) -> ModelSpec:
     """
     wanted = name.strip().lower()
     if wanted in PACKAGED_MODELS:
-        return _spec_of_folder(PACKAGED_MODELS[wanted], name=wanted)
+        return _packaged_spec(wanted)
     for family in FAMILIES:
         for facts in family.models:
             if wanted == facts.name or wanted in facts.aliases:
@@ -102,6 +99,11 @@ def _unknown(name: str, found: str) -> UnsupportedModel:
         expected="a registry name, an existing folder, or a hub id like llava-hf/llava-1.5-7b-hf",
         next_step=guess,
     )
+
+
+def _packaged_spec(name: str) -> ModelSpec:
+    spec = _spec_of_folder(PACKAGED_MODELS[name], name=name)
+    return replace(spec, facts=replace(spec.facts, licence=PACKAGED_LICENCE))
 
 
 def _spec_of_folder(folder: Path, *, name: str) -> ModelSpec:
