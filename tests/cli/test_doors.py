@@ -52,7 +52,6 @@ def test_each_verb_calls_its_function_as_it_is(
 
 def test_results_have_the_fields_that_are_printed() -> None:
     from eightgig.app.demonstration import DemoOutcome
-
     from eightgig.app.prediction import Prediction
 
     for real, stand_in in ((DemoOutcome, DEMO_OUTCOME), (Prediction, PREDICTION)):
