@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -206,3 +207,13 @@ def test_a_log_is_free_of_what_a_user_can_not_act_on() -> None:
 
     assert stderr_of("usual") == "y.py:1: FutureWarning: ours\nours too\n"
     assert {"no kernels", "x.py:1: FutureWarning: old"} <= set(stderr_of("debug").splitlines())
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(given: str | None, expected: str) -> None:
+    show = "import os, sys; sys.argv[1:] = ['--version']; from eightgig.cli import entry\n"
+    show += "entry.run_command = lambda _: print(os.environ['OMP_WAIT_POLICY']) or 0\nentry.main()"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    result = subprocess.run([sys.executable, "-c", show], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == expected

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 to 7 the user's errors of `core.errors`, 2 also a wrong op
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import traceback
@@ -25,6 +26,9 @@ ERROR_LOG = "eightgig-error.log"
 
 def main() -> None:
     """Run the command with the process's arguments and exit with its code."""
+    # Read by OpenMP when PyTorch is loaded, later. Threads that spin while they wait make a step many times slower where
+    # other programs want the same cores (docs/log.md, 2026-11-24).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run_command(sys.argv[1:]))
 
 
