@@ -26,8 +26,8 @@ ERROR_LOG = "eightgig-error.log"
 
 def main() -> None:
     """Run the command with the process's arguments and exit with its code."""
-    # Read by OpenMP when PyTorch is loaded, later. Threads that spin while they wait make a step many times slower where
-    # other programs want the same cores (docs/log.md, 2026-11-24).
+    # Read by OpenMP when PyTorch is loaded, later. Threads that spin while they wait make steps several times slower
+    # where other programs want the same cores (docs/log.md, 2026-11-24).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run_command(sys.argv[1:]))
 
