@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 from accelerate.utils import broadcast_object_list
 
@@ -28,14 +28,17 @@ from eightgig.train.setup import Place, build_run, choose_place
 from eightgig.train.validation import Validator
 
 
+SILENT = SilentListener()
+
+
 def train(
     config: TrainingConfig,
     *,
-    sources: Mapping[str, str],
-    run_folder: Path | None,
-    listener: TrainingListener,
+    sources: Mapping[str, str] = MappingProxyType({}),
+    run_folder: Path | None = None,
+    listener: TrainingListener = SILENT,
     dry_run: bool = False,
-    command: str,
+    command: str = "eightgig.app.training.train(...)",
 ) -> RunOutcome:
     """Train as `config` says and return what came of it.
 
@@ -45,7 +48,7 @@ def train(
         run_folder: the folder to make; None = one named by model and time below `config.output_dir`.
         listener: is told what happens, on the main process.
         dry_run: do everything up to the first step, then stop.
-        command: what the user typed, for the record.
+        command: what was called or typed, for the record.
 
     Raises:
         EightGigError: whatever stands in the way, with what to do about it.
@@ -64,7 +67,9 @@ def train(
         return _run_to_the_end(run, folder, told, steps_done=0)
 
 
-def resume(run_folder: Path, *, listener: TrainingListener, command: str) -> RunOutcome:
+def resume(
+    run_folder: Path, *, listener: TrainingListener = SILENT, command: str = "eightgig.app.training.resume(...)"
+) -> RunOutcome:
     """Continue the run in `run_folder` from its newest sound checkpoint to its end.
 
     Raises:
