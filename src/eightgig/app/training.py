@@ -27,7 +27,6 @@ from eightgig.train.saving import Saver, resume_from_checkpoint
 from eightgig.train.setup import Place, build_run, choose_place
 from eightgig.train.validation import Validator
 
-
 SILENT = SilentListener()
 
 
