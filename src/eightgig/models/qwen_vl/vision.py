@@ -150,8 +150,9 @@ class Resampler(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """Features [images, queries, hidden] of `patches` [images, patches, width]."""
         value = self.ln_kv(self.kv_proj(patches))
-        key = value + grid_positions(self.pos_embed, patches.shape[1])
-        features: Tensor = self.attn(self.ln_q(self.query) + self.pos_embed, key, value)
+        table = self.pos_embed.detach()  # loading a checkpoint makes every parameter a trainable one
+        key = value + grid_positions(table, patches.shape[1])
+        features: Tensor = self.attn(self.ln_q(self.query) + table, key, value)
         return features
 
 
