@@ -56,8 +56,8 @@ def test_a_folder_is_read_from_its_config(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_architecture_is_refused_by_its_model_type(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "fuyu"}))
-    with pytest.raises(UnsupportedModel, match=r"model_type 'fuyu'[\s\S]*one of: llava"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(UnsupportedModel, match=r"model_type 'bert'[\s\S]*one of: llava"):
         registry.resolve(str(tmp_path))
 
 

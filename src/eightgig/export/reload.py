@@ -22,6 +22,7 @@ from eightgig.core.files import write_json
 from eightgig.export.reference import read_reference
 from eightgig.export.verify import ReloadPlan, Verification
 from eightgig.memory.cap import limit_allocator
+from eightgig.models.fp32_islands import run_in_fp32
 from eightgig.models.quantization import disable_cpu_repacking
 from eightgig.models.random_weights import build_random
 
@@ -70,8 +71,11 @@ def load(plan: ReloadPlan) -> tuple[Any, str]:
         )
         how = f"fresh process, peft; base model {plan.base} rebuilt with random weights {plan.random_weights_seed}"
     disable_cpu_repacking(base)  # so that a CPU with AVX512-BF16 compares with the kernels that trained
-    if plan.vision_tower is not None:
-        tower = base.get_submodule(plan.vision_tower)
+    if plan.fp32_modules:
+        run_in_fp32(base, plan.fp32_modules)
+        how += f", {', '.join(plan.fp32_modules)} in fp32"
+    for path in plan.interpolated_towers:
+        tower = base.get_submodule(path)
         tower.forward = functools.partial(tower.forward, interpolate_pos_encoding=True)
         how += ", the vision tower's positions interpolated"
     return PeftModel.from_pretrained(base, plan.saved).eval(), f"{how}, PeftModel.from_pretrained({plan.saved!r})"

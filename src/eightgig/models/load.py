@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from eightgig.config import MixedPrecision, TrainingMethod
 from eightgig.core.errors import CheckpointError, DoesNotFit, UnsupportedModel
+from eightgig.models.fp32_islands import run_in_fp32
 from eightgig.models.precision import Precision
 from eightgig.models.quantization import disable_cpu_repacking, quantization_config
 from eightgig.models.random_weights import build_random
@@ -55,9 +56,9 @@ class LoadedModel:
 def load_model(config: TrainingConfig, spec: ModelSpec, device: torch.device, precision: Precision) -> LoadedModel:
     """The base model in eval mode on `device`, quantised as configured, with its processor and a checked receipt.
 
-    All parameters are frozen, except for full fine-tuning: there everything but the vision tower is trainable (the
-    tower stays frozen, as in LLaVA's recipe), and the weights are bf16 where bf16 is computed in on a GPU, else fp32,
-    because a gradient scaler needs fp32 gradients and a CPU gains nothing.
+    All parameters are frozen, except for full fine-tuning: there everything but the towers is trainable (they stay
+    frozen, as in LLaVA's recipe; a projector inside one is trained), and the weights are bf16 where bf16 is computed in
+    on a GPU, else fp32, because a gradient scaler needs fp32 gradients and a CPU gains nothing.
 
     Raises:
         ConfigError: the configured image size does not suit the model.
@@ -85,6 +86,8 @@ def load_model(config: TrainingConfig, spec: ModelSpec, device: torch.device, pr
         processor = load_processor(config, spec)
     disable_cpu_repacking(model)
     spec.family.apply_image_px(model, processor, image_px)
+    if dtype is torch.float16:
+        run_in_fp32(model, spec.family.fp32_in_fp16)
     model.config.get_text_config().use_cache = False  # generate asks for its cache itself
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
@@ -114,7 +117,7 @@ def load_processor(config: TrainingConfig, spec: ModelSpec) -> Any:
     if spec.facts.folder is not None:
         _check_processor_files(spec.facts.folder)
     with explained_hub_errors(spec.location, config.model.revision):
-        return AutoProcessor.from_pretrained(spec.location, **_revision(config, spec))
+        return spec.family.load_processor(spec.location, **_revision(config, spec))
 
 
 def without_graph_when_frozen(module: nn.Module) -> None:
@@ -205,7 +208,12 @@ def _check_processor_files(folder: Path) -> None:
 
 
 def _freeze(model: Any, spec: ModelSpec, method: TrainingMethod) -> None:
-    model.requires_grad_(method is TrainingMethod.FULL)
-    tower = model.get_submodule(spec.family.modules.vision_tower)
-    tower.requires_grad_(False)
-    without_graph_when_frozen(tower)
+    is_full = method is TrainingMethod.FULL
+    paths = spec.family.modules
+    model.requires_grad_(is_full)
+    for path in paths.towers:
+        tower = model.get_submodule(path)
+        tower.requires_grad_(False)
+        without_graph_when_frozen(tower)
+    for path in paths.projectors:
+        model.get_submodule(path).requires_grad_(is_full)

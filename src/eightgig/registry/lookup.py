@@ -10,11 +10,10 @@ from typing import Any
 
 import eightgig
 from eightgig.core.errors import UnsupportedModel
-from eightgig.registry import hub
-from eightgig.registry.family import ModelFacts, ModelFamily, ModelSpec
-from eightgig.registry.llava import LlavaFamily
-
-FAMILIES: tuple[ModelFamily, ...] = (LlavaFamily(),)
+from eightgig.registry import derived, hub
+from eightgig.registry.discovery import families
+from eightgig.registry.facts import ModelFacts
+from eightgig.registry.family import ModelSpec
 
 # Ships inside the package. Its facts are read off its config.json, which is there only once the model was trained.
 PACKAGED_MODELS = {"eightgig-demo": Path(eightgig.__file__).parent / "demo" / "model"}
@@ -24,7 +23,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 def all_specs() -> tuple[ModelSpec, ...]:
     """Every model known by name, in the order of the families; packaged ones that are not built yet are left out."""
-    specs = [ModelSpec(family, facts) for family in FAMILIES for facts in family.models]
+    specs = [ModelSpec(family, facts) for family in families() for facts in family.models]
     packaged = [
         _spec_of_folder(folder, name=name)
         for name, folder in PACKAGED_MODELS.items()
@@ -42,7 +41,7 @@ def get(name: str) -> ModelSpec:
     wanted = name.strip().lower()
     if wanted in PACKAGED_MODELS:
         return _spec_of_folder(PACKAGED_MODELS[wanted], name=wanted)
-    for family in FAMILIES:
+    for family in families():
         for facts in family.models:
             if wanted == facts.name or wanted in facts.aliases:
                 return ModelSpec(family, facts)
@@ -83,7 +82,7 @@ def resolve(reference: str, revision: str | None = None) -> ModelSpec:
 
 def _known_names() -> Iterable[str]:
     yield from PACKAGED_MODELS
-    for family in FAMILIES:
+    for family in families():
         for facts in family.models:
             yield facts.name
             yield from facts.aliases
@@ -139,13 +138,9 @@ def _spec_of_config(
     config: dict[str, Any], *, name: str, folder: Path | None, hub_id: str | None, source: str
 ) -> ModelSpec:
     model_type = config.get("model_type")
-    family = next((family for family in FAMILIES if model_type in family.model_types), None)
+    family = next((family for family in families() if model_type in family.model_types), None)
     if family is None:
-        known = sorted(model_type for family in FAMILIES for model_type in family.model_types)
-        raise UnsupportedModel(
-            f"{source} says model_type {model_type!r}",
-            expected=f"one of: {', '.join(known)}",
-            next_step="choose a model of a supported family; `eightgig config schema` describes model.name",
-        )
+        known = sorted(model_type for family in families() for model_type in family.model_types)
+        family = derived.derive_family(config, location=str(folder or hub_id), source=source, known_types=known)
     facts: ModelFacts = family.facts_from_config(config, name=name, folder=folder, hub_id=hub_id)
     return ModelSpec(family, facts)

@@ -15,7 +15,8 @@ def byte_level_tokenizer(special_tokens: Mapping[str, int], *, vocab_size: int, 
     Args:
         special_tokens: token -> id; each id below `vocab_size`.
         vocab_size: rows of the model's embedding; no id emitted reaches it.
-        roles: keyword of the transformers tokenizer -> token, e.g. `{"pad_token": "<pad>"}`.
+        roles: keyword of the transformers tokenizer -> token, e.g. `{"pad_token": "<pad>"}`; a `bos_token` is put in
+            front of every text.
     """
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -28,10 +29,11 @@ def byte_level_tokenizer(special_tokens: Mapping[str, int], *, vocab_size: int, 
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
-    bos = roles["bos_token"]
-    tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, special_tokens[bos])]
-    )
+    bos = roles.get("bos_token")
+    if bos is not None:
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, special_tokens[bos])]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, padding_side="right", **roles
     )
