@@ -24,7 +24,9 @@ STD = np.array((0.26862954, 0.26130258, 0.27577711), dtype=np.float32)
 
 def published_weights() -> dict[str, Tensor]:
     """The model's weights under the published names."""
-    return {name: value for name, value in TENSORS.items() if name.startswith("transformer.") or name == "lm_head.weight"}
+    return {
+        name: value for name, value in TENSORS.items() if name.startswith("transformer.") or name == "lm_head.weight"
+    }
 
 
 def image(name: str) -> NDArray[np.uint8]:

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import qwen_vl_golden as golden
 import torch
 from PIL import Image
 
-import qwen_vl_golden as golden
 from eightgig.models.qwen_vl.configuration import QwenVLVisionConfig
 from eightgig.models.qwen_vl.image_processing import QwenVLImageProcessor
 from eightgig.models.qwen_vl.load_map import STACKED

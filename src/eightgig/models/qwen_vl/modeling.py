@@ -107,9 +107,12 @@ class QwenVLModel(QwenVLPreTrainedModel):
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; other than one feature a placeholder.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        if input_ids is not None and inputs_embeds is None:
+            hidden = self._embed(input_ids, pixel_values, mm_encoder_outputs)
+        elif inputs_embeds is not None and input_ids is None:
+            hidden = inputs_embeds
+        else:
             raise ValueError("give either input_ids or inputs_embeds")
-        hidden = self._embed(input_ids, pixel_values, mm_encoder_outputs) if inputs_embeds is None else inputs_embeds
         hidden = functional.dropout(hidden, self.config.emb_dropout_prob, training=self.training)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -170,7 +173,7 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):  #
         self.post_init()
 
     @can_return_tuple  # type: ignore[untyped-decorator]
-    def forward(
+    def forward(  # noqa: PLR0913  # `generate` reads off the signature what it may pass
         self,
         input_ids: Tensor | None = None,
         *,

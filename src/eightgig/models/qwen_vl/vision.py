@@ -131,7 +131,7 @@ class ResamplerAttention(nn.Module):
 
     def _heads(self, states: Tensor) -> Tensor:
         """[images, tokens, hidden] as [images, heads, tokens, head size]."""
-        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return states.view(*states.shape[:2], self.num_heads, -1).transpose(1, 2)
 
 
 class Resampler(nn.Module):
