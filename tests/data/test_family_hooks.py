@@ -1,4 +1,4 @@
-"""What a family may add to encoding: its own template, a start token inside it, inputs from the question and a token."""
+"""What a family may add to encoding: its own template with a start token in it, inputs from the question, token kinds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _InstructFamily(LlavaFamily):
         ids = processor.tokenizer(question, add_special_tokens=False, return_tensors="pt")["input_ids"]
         return {"question_ids": ids.repeat(num_images, 1)}
 
-    def token_inputs(self, processor: Any, input_ids: Any, is_answer: Any) -> Mapping[str, Any]:
+    def token_inputs(self, processor: Any, input_ids: Any, is_answer: Any, image_inputs: Any) -> Mapping[str, Any]:
         return {"token_type_ids": is_answer.long()}
 
 

@@ -381,8 +381,8 @@ def _check_greedy(trained: Trained, model: Any, batch: MicroBatch) -> Tensor:
 def _longer(inputs: dict[str, Tensor], token: int, trained: Trained) -> dict[str, Tensor]:
     """The inputs that follow from the sequence: with one more token."""
     input_ids = torch.cat([inputs["input_ids"], torch.tensor([[token]])], dim=1)
-    family = trained.loaded.spec.family
-    extra = family.token_inputs(trained.loaded.processor, input_ids[0], torch.zeros_like(input_ids[0]).bool())
+    is_answer = torch.zeros_like(input_ids[0]).bool()
+    extra = trained.loaded.spec.family.token_inputs(trained.loaded.processor, input_ids[0], is_answer, inputs)
     return {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),

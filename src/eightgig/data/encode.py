@@ -148,7 +148,7 @@ class Encoder:
             num_images=len(images),
             num_cut_prompt_tokens=text.cut.num_prompt_tokens,
             num_cut_answer_tokens=text.cut.num_answer_tokens,
-            token_inputs=self._family.token_inputs(self._processor, input_ids, is_answer),
+            token_inputs=self._family.token_inputs(self._processor, input_ids, is_answer, image_inputs),
         )
 
     def _encode_text(self, messages: Sequence[Message], replacements: Sequence[str], *, supervise: bool) -> _Text:

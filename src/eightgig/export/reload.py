@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 from eightgig import registry
 from eightgig.core.files import write_json
@@ -55,15 +55,17 @@ def compare(plan: ReloadPlan, reference: Path) -> Verification:
 
 def load(plan: ReloadPlan) -> tuple[Any, str]:
     """The model in eval mode, and one sentence on how it was loaded."""
+    spec = registry.resolve(plan.base or plan.saved, plan.revision)
+    whose = "EightGig's own classes" if spec.family.has_own_classes else "plain transformers"
     if plan.base is None:
-        model = AutoModelForImageTextToText.from_pretrained(plan.saved, **_load_arguments(plan))
-        return model.eval(), f"fresh process, plain transformers: from_pretrained({plan.saved!r})"
+        model, _ = spec.family.load_model(plan.saved, **_load_arguments(plan))
+        return model.eval(), f"fresh process, {whose}: from_pretrained({plan.saved!r})"
     if plan.random_weights_seed is None:
-        base = AutoModelForImageTextToText.from_pretrained(plan.base, revision=plan.revision, **_load_arguments(plan))
-        how = f"fresh process, plain transformers and peft: from_pretrained({plan.base!r})"
+        base, _ = spec.family.load_model(plan.base, revision=plan.revision, **_load_arguments(plan))
+        how = f"fresh process, {whose} and peft: from_pretrained({plan.base!r})"
     else:
         base = build_random(
-            registry.resolve(plan.base),
+            spec,
             seed=plan.random_weights_seed,
             device=torch.device(plan.device),
             dtype=getattr(torch, plan.dtype),

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForImageTextToText
 
 from eightgig.config import MixedPrecision, TrainingMethod
 from eightgig.core.errors import CheckpointError, DoesNotFit, UnsupportedModel
@@ -141,13 +140,12 @@ def _from_pretrained(
 ) -> Any:
     if spec.facts.folder is not None:
         _check_weights_exist(spec.facts.folder)
-    model, loading = AutoModelForImageTextToText.from_pretrained(
+    model, loading = spec.family.load_model(
         spec.location,
         dtype=dtype,
         device_map={"": device},
         attn_implementation="sdpa",
         quantization_config=quantization,
-        output_loading_info=True,
         **_revision(config, spec),
     )
     missing = sorted(loading["missing_keys"])

@@ -91,7 +91,9 @@ class DerivedFamily(ModelFamily):
     def apply_image_px(self, model: Any | None, processor: Any, image_px: int | None) -> None:
         """Change nothing."""
 
-    def token_inputs(self, processor: Any, input_ids: Any, is_answer: Any) -> Mapping[str, Any]:
+    def token_inputs(
+        self, processor: Any, input_ids: Any, is_answer: Any, image_inputs: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
         """Kinds of tokens, where the model takes them: 1 for an image's."""
         if not self._takes_token_types:
             return {}

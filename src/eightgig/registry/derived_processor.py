@@ -117,10 +117,13 @@ def _end_of_turn(processor: Any, source: str) -> str:
 def _image_layout(processor: Any, source: str) -> ImageLayout:
     """Found by processing two pictures of different shapes, each alone and both together."""
     from PIL import Image
+    from transformers import ProcessorMixin
 
+    if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
+        raise _refused(source, f"{type(processor).__name__} does not say what an image becomes in a text")
     pictures = [Image.new("RGB", size, "red") for size in PROBE_SIZES]
-    alone = [_tensors(processor, [picture], source) for picture in pictures]
-    together = _tensors(processor, pictures, source)
+    alone = [_tensors(processor, [picture]) for picture in pictures]
+    together = _tensors(processor, pictures)
     padding = {}
     for name, tensor in together.items():
         num_rows = [features[name].shape[0] for features in alone]
@@ -131,13 +134,8 @@ def _image_layout(processor: Any, source: str) -> ImageLayout:
     return ImageLayout(padding=padding)
 
 
-def _tensors(processor: Any, pictures: list[Any], source: str) -> Mapping[str, Any]:
+def _tensors(processor: Any, pictures: list[Any]) -> Mapping[str, Any]:
     import torch
 
     features = processor.image_processor(images=pictures, return_tensors="pt")
-    try:
-        for index in range(len(pictures)):
-            processor.replace_image_token(features, index)
-    except (NotImplementedError, AttributeError) as error:
-        raise _refused(source, f"{type(processor).__name__} does not say what an image becomes in a text") from error
     return {name: value for name, value in features.items() if isinstance(value, torch.Tensor)}

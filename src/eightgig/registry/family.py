@@ -45,6 +45,7 @@ class ModelFamily(ABC):
             an adapter must have the positions interpolated.
         accepts_image_features: whether the model's forward takes a frozen tower's output in place of pixels
             (`mm_encoder_outputs`; transformers 5.23 has it, 5.17 does not).
+        has_own_classes: whether its model is EightGig's own implementation, not one of transformers.
         derivation: where the family was derived from a config and a module tree: what was derived, a sentence each.
     """
 
@@ -64,6 +65,7 @@ class ModelFamily(ABC):
     dtype_caution: str = ""
     interpolates_positions: bool = False
     accepts_image_features: bool = False
+    has_own_classes: bool = False
     derivation: tuple[str, ...] = ()
 
     # Facts
@@ -148,17 +150,32 @@ class ModelFamily(ABC):
         """More image inputs, made from the words before the first answer; for a sample with images."""
         return {}
 
-    def token_inputs(self, processor: Any, input_ids: Any, is_answer: Any) -> Mapping[str, Any]:
+    def token_inputs(
+        self, processor: Any, input_ids: Any, is_answer: Any, image_inputs: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
         """More model inputs, one value a token: name -> [sequence, ...]; batches are filled up with zeros.
 
         Args:
             processor: the model's processor.
             input_ids: int64 [sequence] of one sample, as the model will get it.
             is_answer: bool [sequence], whether the loss counts the token; all False in a prompt.
+            image_inputs: the sample's image inputs, empty without images.
         """
         return {}
 
     # Model
+
+    def load_model(self, location: str, **arguments: Any) -> tuple[Any, Mapping[str, Any]]:
+        """The model at `location` and transformers' loading info (`missing_keys`); `arguments` are `from_pretrained`'s.
+
+        A family with classes of its own registers them with transformers' Auto classes here and in `build_config`.
+        """
+        from transformers import AutoModelForImageTextToText
+
+        loaded: tuple[Any, Mapping[str, Any]] = AutoModelForImageTextToText.from_pretrained(
+            location, output_loading_info=True, **arguments
+        )
+        return loaded
 
     def hidden_states(self, model: Any, inputs: Mapping[str, Any]) -> Any:
         """Last hidden states, [batch, sequence, hidden], of the whole multimodal backbone, without the head."""

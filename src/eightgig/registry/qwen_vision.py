@@ -173,7 +173,9 @@ class QwenVisionFamily(ModelFamily):
         smallest = min(image_processor.size["shortest_edge"], image_px**2)
         image_processor.size = {"shortest_edge": smallest, "longest_edge": image_px**2}
 
-    def token_inputs(self, processor: Any, input_ids: Any, is_answer: Any) -> Mapping[str, Any]:
+    def token_inputs(
+        self, processor: Any, input_ids: Any, is_answer: Any, image_inputs: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
         """Which tokens are an image's (1), from which the model derives their positions in two dimensions."""
         return {"mm_token_type_ids": (input_ids == processor.image_token_id).long()}
 
