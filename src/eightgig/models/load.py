@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +27,6 @@ if TYPE_CHECKING:
     from eightgig.registry import ModelSpec
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")
-PROCESSOR_FILES = {
-    "image processor settings": ("processor_config.json", "preprocessor_config.json"),
-    "tokenizer": ("tokenizer.json", "tokenizer.model"),
-}
 MAX_NAMED_KEYS = 3
 
 
@@ -114,7 +110,7 @@ def load_processor(config: TrainingConfig, spec: ModelSpec) -> Any:
     if config.model.random_weights_seed is not None and spec.facts.folder is None:
         return spec.family.build_processor(spec.facts)
     if spec.facts.folder is not None:
-        _check_processor_files(spec.facts.folder)
+        _check_processor_files(spec.facts.folder, spec.family.processor_files)
     with explained_hub_errors(spec.location, config.model.revision):
         return spec.family.load_processor(spec.location, **_revision(config, spec))
 
@@ -194,9 +190,9 @@ def _explained_load_errors(config: TrainingConfig, spec: ModelSpec, device: torc
         ) from error
 
 
-def _check_processor_files(folder: Path) -> None:
-    """Raise UnsupportedModel unless image settings and a tokenizer are there; transformers would look at the hub."""
-    for kind, names in PROCESSOR_FILES.items():
+def _check_processor_files(folder: Path, needed: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise UnsupportedModel unless a file of each kind is there; transformers would look at the hub."""
+    for kind, names in needed.items():
         if not any((folder / name).is_file() for name in names):
             raise UnsupportedModel(
                 f"{folder} has no {kind} ({' or '.join(names)})",

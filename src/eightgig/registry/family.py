@@ -11,6 +11,14 @@ from typing import Any
 
 from eightgig.registry.facts import ImageLayout, ModelFacts, ModulePaths, read_image_settings, transformers_config
 
+# What a folder must hold for `load_processor`, one file of each kind; transformers would else look at the hub for it.
+PROCESSOR_FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "image processor settings": ("processor_config.json", "preprocessor_config.json"),
+        "tokenizer": ("tokenizer.json", "tokenizer.model"),
+    }
+)
+
 SEE_THE_MODEL = "see the model's own page or folder"
 
 
@@ -46,6 +54,7 @@ class ModelFamily(ABC):
         accepts_image_features: whether the model's forward takes a frozen tower's output in place of pixels
             (`mm_encoder_outputs`; transformers 5.23 has it, 5.17 does not).
         has_own_classes: whether its model is EightGig's own implementation, not one of transformers.
+        processor_files: what a folder must hold for `load_processor`: kinds of files, one name of each will do.
         derivation: where the family was derived from a config and a module tree: what was derived, a sentence each.
     """
 
@@ -66,6 +75,7 @@ class ModelFamily(ABC):
     interpolates_positions: bool = False
     accepts_image_features: bool = False
     has_own_classes: bool = False
+    processor_files: Mapping[str, tuple[str, ...]] = PROCESSOR_FILES
     derivation: tuple[str, ...] = ()
 
     # Facts

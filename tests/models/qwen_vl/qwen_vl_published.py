@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 NUM_SHARDS = 3
+NUM_RANKS = 886  # with it the added tokens get the ids that the recorded config names
 CORPUS = (
     "You are a helpful assistant. What is in the picture? Picture 1: a cat, a dog and 3 birds on the red roof.",
     "def area(width: int) -> int:\n\treturn width ** 2  # in px\n\n",
@@ -23,8 +25,8 @@ CORPUS = (
 )
 
 
-def small_ranks(num_ranks: int = 700) -> dict[bytes, int]:
-    """Byte strings and ranks of a byte-pair vocabulary: 256 bytes, then what training on a few texts joins."""
+def small_ranks(num_ranks: int = NUM_RANKS) -> dict[bytes, int]:
+    """Byte strings and ranks: 256 bytes, what byte-pair training on a few texts joins, then random joins of those."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = bytes_to_unicode()
@@ -34,7 +36,12 @@ def small_ranks(num_ranks: int = 700) -> dict[bytes, int]:
     tokenizer.train_from_iterator(CORPUS, trainer)
     bytes_of = {letter: byte for byte, letter in alphabet.items()}
     by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return {bytes(bytes_of[letter] for letter in token): rank for rank, (token, _) in enumerate(by_id)}
+    ranks = {bytes(bytes_of[letter] for letter in token): rank for rank, (token, _) in enumerate(by_id)}
+    chooser = random.Random(0)
+    entries = list(ranks)
+    while len(ranks) < num_ranks:
+        ranks.setdefault(b"".join(chooser.choices(entries, k=2)), len(ranks))
+    return ranks
 
 
 def write_ranks(path: Path, ranks: Mapping[bytes, int]) -> Path:

@@ -64,6 +64,11 @@ class QwenVLModel(QwenVLPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, under the name that they have in transformers' models."""
+        return self.h
+
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
         return self.wte

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import ProcessorMixin
 from transformers.utils import cached_file
 
+from eightgig.core.errors import UnsupportedModel
 from eightgig.models.qwen_vl.configuration import QwenVLConfig
 from eightgig.models.qwen_vl.image_processing import QwenVLImageProcessor
 from eightgig.models.qwen_vl.tokenization import IMAGE_PAD, VOCABULARY_FILE, build_tokenizer, read_ranks
@@ -66,6 +67,9 @@ class QwenVLProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers is 
         """The processor in a folder or repository: as `save_pretrained` writes it, or as the model was published.
 
         The published one has no processor files: the vocabulary is `qwen.tiktoken`, the rest is in config.json.
+
+        Raises:
+            UnsupportedModel: the vocabulary is damaged, or another model's.
         """
         location = str(pretrained_model_name_or_path)
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
@@ -75,6 +79,13 @@ class QwenVLProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers is 
         vocabulary = cached_file(location, VOCABULARY_FILE, **hub_arguments)
         config = QwenVLConfig.from_pretrained(location, **hub_arguments)
         tokenizer = build_tokenizer(read_ranks(Path(vocabulary)), max_length=config.max_position_embeddings)
+        image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+        if image_token_id != config.image_token_id:
+            raise UnsupportedModel(
+                f"{location}: {VOCABULARY_FILE} gives {IMAGE_PAD} the id {image_token_id}",
+                expected=f"{config.image_token_id}, as its config.json says",
+                next_step="take both files from the same model",
+            )
         return cls.for_config(config, tokenizer)
 
     @classmethod
