@@ -1,4 +1,4 @@
-"""What a family may add to encoding: its own template with a start token in it, inputs from the question, token kinds."""
+"""What a family may add to encoding: its own template with a start token in it, question inputs, token kinds."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,16 @@ from eightgig.registry.family import ModelSpec
 # Ships inside the package. Its facts are read off its config.json, which is there only once the model was trained.
 PACKAGED_MODELS = {"eightgig-demo": Path(eightgig.__file__).parent / "demo" / "model"}
 
+OWN_LICENCE = "Apache-2.0"  # of the packaged model: its weights were trained here
+OWN_LICENCE_URL = "https://www.apache.org/licenses/LICENSE-2.0"
+
 ADAPTER_CONFIG = "adapter_config.json"
 
 
 def all_specs() -> tuple[ModelSpec, ...]:
     """Every model known by name, in the order of the families; packaged ones that are not built yet are left out."""
     specs = [ModelSpec(family, facts) for family in families() for facts in family.models]
-    packaged = [
-        _spec_of_folder(folder, name=name)
-        for name, folder in PACKAGED_MODELS.items()
-        if (folder / "config.json").is_file()
-    ]
+    packaged = [_packaged(name) for name, folder in PACKAGED_MODELS.items() if (folder / "config.json").is_file()]
     return (*specs, *packaged)
 
 
@@ -40,7 +40,7 @@ def get(name: str) -> ModelSpec:
     """
     wanted = name.strip().lower()
     if wanted in PACKAGED_MODELS:
-        return _spec_of_folder(PACKAGED_MODELS[wanted], name=wanted)
+        return _packaged(wanted)
     for family in families():
         for facts in family.models:
             if wanted == facts.name or wanted in facts.aliases:
@@ -80,6 +80,11 @@ def resolve(reference: str, revision: str | None = None) -> ModelSpec:
     )
 
 
+def _packaged(name: str) -> ModelSpec:
+    spec = _spec_of_folder(PACKAGED_MODELS[name], name=name)
+    return replace(spec, facts=replace(spec.facts, licence=OWN_LICENCE, licence_url=OWN_LICENCE_URL))
+
+
 def _known_names() -> Iterable[str]:
     yield from PACKAGED_MODELS
     for family in families():
@@ -93,8 +98,8 @@ def _is_known(name: str) -> bool:
 
 
 def _unknown(name: str, found: str) -> UnsupportedModel:
-    names = sorted(set(_known_names()))
-    nearest = difflib.get_close_matches(name.strip().lower(), names, n=3, cutoff=0.5)
+    nearest = difflib.get_close_matches(name.strip().lower(), sorted(set(_known_names())), n=3, cutoff=0.5)
+    names = sorted([*PACKAGED_MODELS, *(facts.name for family in families() for facts in family.models)])
     guess = f"did you mean {' or '.join(nearest)}?" if nearest else f"known names: {', '.join(names)}"
     return UnsupportedModel(
         found,

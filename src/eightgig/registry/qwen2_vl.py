@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from eightgig.registry.facts import ModelFacts, ModulePaths
-from eightgig.registry.qwen_vision import DEFAULT_SYSTEM, NUM_LINEARS_A_LAYER, QwenVisionFamily, chatml_template
-
-APACHE_2 = "https://www.apache.org/licenses/LICENSE-2.0"
+from eightgig.registry.qwen_vision import (
+    APACHE_2_LICENCE,
+    DEFAULT_SYSTEM,
+    NUM_LINEARS_A_LAYER,
+    QwenVisionFamily,
+    chatml_template,
+)
 
 # OpenAI CLIP's statistics. Source: preprocessor_config.json of Qwen/Qwen2-VL-7B-Instruct.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -22,16 +26,16 @@ TOKEN_IDS: Mapping[str, int] = {
 }
 
 
-def _text(model_type: str, *, hidden: int, layers: int, heads: int, inter: int, vocab: int) -> Mapping[str, Any]:
-    """A Qwen2 text model; `heads` counts queries, keys and values have head_dim 128 and a sixth or seventh of it."""
+def _text(shape: tuple[int, int, int, int, int], *, vocab: int, max_positions: int) -> Mapping[str, Any]:
+    """A Qwen2 text model of `shape`: hidden size, layers, query heads, key-value heads, intermediate size."""
+    hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size = shape
     return {
-        "model_type": model_type,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 4 if heads == 28 else 2,
-        "intermediate_size": inter,
-        "max_position_embeddings": 32768 if model_type == "qwen2_vl_text" else 128000,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "intermediate_size": intermediate_size,
+        "max_position_embeddings": max_positions,
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
         "vocab_size": vocab,
@@ -54,7 +58,7 @@ def _qwen2_vl(text: Mapping[str, Any], *, tied: bool) -> Mapping[str, Any]:
     }
     return {
         "model_type": "qwen2_vl",
-        "text_config": text,
+        "text_config": {"model_type": "qwen2_vl_text", **text},
         "vision_config": vision,
         "tie_word_embeddings": tied,
         **TOKEN_IDS,
@@ -78,7 +82,7 @@ def _qwen2_5_vl(text: Mapping[str, Any], *, tied: bool) -> Mapping[str, Any]:
     }
     return {
         "model_type": "qwen2_5_vl",
-        "text_config": text,
+        "text_config": {"model_type": "qwen2_5_vl_text", **text},
         "vision_config": vision,
         "tie_word_embeddings": tied,
         **TOKEN_IDS,
@@ -93,7 +97,9 @@ def _facts(name: str, hub_name: str, architecture: Mapping[str, Any], num_parame
         hub_id=hub_id,
         folder=None,
         licence=licence,
-        licence_url=APACHE_2 if licence == "Apache-2.0" else f"https://huggingface.co/{hub_id}/blob/main/LICENSE",
+        licence_url=APACHE_2_LICENCE
+        if licence == "Apache-2.0"
+        else f"https://huggingface.co/{hub_id}/blob/main/LICENSE",
         source=f"config.json of {hub_id}; parameters counted on the stock class of transformers 5.23",
         architecture=architecture,
         num_parameters=num_parameters,
@@ -128,20 +134,14 @@ class Qwen2VLFamily(QwenVisionFamily):
         _facts(
             "qwen2-vl-2b",
             "Qwen2-VL-2B-Instruct",
-            _qwen2_vl(
-                _text("qwen2_vl_text", hidden=1536, layers=28, heads=12, inter=8960, vocab=151936),
-                tied=True,
-            ),
+            _qwen2_vl(_text((1536, 28, 12, 2, 8960), vocab=151936, max_positions=32768), tied=True),
             2_208_985_600,
             "Apache-2.0",
         ),
         _facts(
             "qwen2-vl-7b",
             "Qwen2-VL-7B-Instruct",
-            _qwen2_vl(
-                _text("qwen2_vl_text", hidden=3584, layers=28, heads=28, inter=18944, vocab=152064),
-                tied=False,
-            ),
+            _qwen2_vl(_text((3584, 28, 28, 4, 18944), vocab=152064, max_positions=32768), tied=False),
             8_291_375_616,
             "Apache-2.0",
         ),
@@ -158,20 +158,14 @@ class Qwen25VLFamily(Qwen2VLFamily):
         _facts(
             "qwen2.5-vl-3b",
             "Qwen2.5-VL-3B-Instruct",
-            _qwen2_5_vl(
-                _text("qwen2_5_vl_text", hidden=2048, layers=36, heads=16, inter=11008, vocab=151936),
-                tied=True,
-            ),
+            _qwen2_5_vl(_text((2048, 36, 16, 2, 11008), vocab=151936, max_positions=128000), tied=True),
             3_754_622_976,
             "Qwen Research License",
         ),
         _facts(
             "qwen2.5-vl-7b",
             "Qwen2.5-VL-7B-Instruct",
-            _qwen2_5_vl(
-                _text("qwen2_5_vl_text", hidden=3584, layers=28, heads=28, inter=18944, vocab=152064),
-                tied=False,
-            ),
+            _qwen2_5_vl(_text((3584, 28, 28, 4, 18944), vocab=152064, max_positions=128000), tied=False),
             8_292_166_656,
             "Apache-2.0",
         ),

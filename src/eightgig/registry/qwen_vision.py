@@ -38,6 +38,7 @@ _CHATML = (
     "{{%- for message in messages -%}}"
     "{{%- if loop.first and message.role != 'system' -%}}{{{{- {system!r} -}}}}{{%- endif -%}}"
     "{{{{- '<|im_start|>' + message.role + '\\n' -}}}}"
+    "{{%- if loop.last and message.role == 'assistant' -%}}{{{{- {answer_start!r} -}}}}{{%- endif -%}}"
     "{{%- for part in message.content -%}}"
     "{{%- if part.type == 'image' -%}}{{{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}}}"
     "{{%- else -%}}{{{{- part.text -}}}}{{%- endif -%}}"
@@ -46,11 +47,15 @@ _CHATML = (
     "{{%- endfor -%}}"
     "{{%- if add_generation_prompt -%}}{{{{- '<|im_start|>assistant\\n' + {answer_start!r} -}}}}{{%- endif -%}}"
 )
+APACHE_2_LICENCE = "https://www.apache.org/licenses/LICENSE-2.0"
 DEFAULT_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
 
 def chatml_template(*, system: str = "", answer_start: str = "") -> str:
-    """A chat template: `system` before a conversation that has no system's turn, `answer_start` asks for an answer."""
+    """A chat template; `system` goes before a conversation without a system's turn, `answer_start` before an answer.
+
+    Of a finished conversation only the last answer has it, as in Qwen3.5's own template.
+    """
     return _CHATML.format(system=system, answer_start=answer_start)
 
 
@@ -104,7 +109,7 @@ class QwenVisionFamily(ModelFamily):
 
     image_placeholder = "<|image_pad|>"
     end_of_turn = "<|im_end|>"
-    keep_16bit = ("model.visual", "lm_head")
+    keep_16bit: tuple[str, ...] = ("model.visual", "lm_head")
     accepts_image_features = True
 
     def native_image_px(self, architecture: Mapping[str, Any], image_settings: Mapping[str, Any]) -> int:
