@@ -6,6 +6,7 @@ Tolerances are the record's own; what a deliberate error would cause is ten time
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import qwen_vl_golden as golden
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 from eightgig.models.qwen_vl.configuration import QwenVLVisionConfig
 from eightgig.models.qwen_vl.image_processing import QwenVLImageProcessor
@@ -76,6 +78,34 @@ def test_loss_and_gradients(model: Any, name: str) -> None:
         bounds = tuple(slice(*map(int, part.split(":"))) for part in span.strip("[]").split(","))
         difference = (gradients[parameter][bounds] - recorded).abs().max()
         assert difference < SLICE_RELATIVE * recorded.abs().max(), key
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_of_transformers_changes_no_gradient(model: Any, use_reentrant: bool) -> None:
+    inputs = golden.case_inputs("two_images", labels=True)
+    gradients = []
+    for is_checkpointed in (False, True):
+        if is_checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.zero_grad()
+        torch.autograd.backward(model.train()(**inputs).loss)
+        gradients.append({key: value.grad for key, value in model.named_parameters() if value.grad is not None})
+    model.gradient_checkpointing_disable()
+    model.eval()
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(value, gradients[1][key]) for key, value in gradients[0].items())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.03), (torch.float16, 0.005)])
+def test_16_bit_weights_stay_near_the_record(published: Path, dtype: torch.dtype, tolerance: float) -> None:
+    loaded = AutoModelForImageTextToText.from_pretrained(published, dtype=dtype)
+    for name in ("one_image", "long_2300"):
+        with torch.no_grad():
+            logits = loaded(**golden.case_inputs(name)).logits
+        rows, columns = golden.TENSORS[f"case.{name}.logits_index"].unbind(1)
+        recorded = golden.TENSORS[f"case.{name}.logits"]
+        assert logits.dtype == dtype
+        assert (logits[rows, columns].float() - recorded).norm() / recorded.norm() < tolerance
 
 
 def test_vision_features(model: Any) -> None:

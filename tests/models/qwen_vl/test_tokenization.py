@@ -85,7 +85,7 @@ def test_spelled_out_special_tokens(text: str) -> None:
     assert TOKENIZER(text).input_ids == _reference(text, RANKS, ADDED)
     plain = TOKENIZER(text, split_special_tokens=True).input_ids
     assert plain == _reference(text, RANKS, {})
-    assert not set(plain) & set(TOKENIZER.all_special_ids)
+    assert max(plain) < len(RANKS)
     assert TOKENIZER.decode(plain) == text
 
 
