@@ -79,8 +79,6 @@ def test_a_family_with_an_fp32_language_model_keeps_4bit_weights_and_embeddings(
 @pytest.mark.usefixtures("family")
 def test_in_other_precisions_nothing_is_widened(tmp_path: Path) -> None:
     folder = tiny.build_tiny_llava(tmp_path)
-    loaded = load_model(
-        tiny_config(), resolve(str(folder)), CPU, Precision(torch.bfloat16, MixedPrecision.BF16, None)
-    )
+    loaded = load_model(tiny_config(), resolve(str(folder)), CPU, Precision(torch.bfloat16, MixedPrecision.BF16, None))
     assert loaded.model.model.language_model.norm.weight.dtype is torch.bfloat16
     assert "forward" not in vars(loaded.model.model.language_model)
