@@ -7,6 +7,7 @@ reads the published files.
 from __future__ import annotations
 
 import importlib
+import os
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -148,6 +149,8 @@ class QwenVLFamily(ModelFamily):
             CheckpointError: a shard is damaged, or holds more than tensors.
         """
         _register()
+        # Else transformers, finding .bin files at the hub, has a bot there open a pull request that converts them.
+        os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
         try:
             return super().load_model(location, **arguments)
         except (pickle.UnpicklingError, EOFError, RuntimeError) as error:

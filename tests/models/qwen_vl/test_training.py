@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -115,6 +116,17 @@ def test_a_damaged_shard_is_named(published: Path, tmp_path: Path, damage: str) 
     shard.write_bytes(contents[damage])
     with pytest.raises(CheckpointError, match="can't be read"):
         _load(folder)
+
+
+def test_loading_asks_the_hub_for_no_conversion(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' switch for it, where the user has not set it."""
+    monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)
+    family = registry.get("qwen-vl-chat").family
+    family.load_model(str(published))
+    assert os.environ["DISABLE_SAFETENSORS_CONVERSION"] == "1"
+    monkeypatch.setenv("DISABLE_SAFETENSORS_CONVERSION", "0")
+    family.load_model(str(published))
+    assert os.environ["DISABLE_SAFETENSORS_CONVERSION"] == "0"
 
 
 def test_another_models_vocabulary_is_refused(published: Path, tmp_path: Path) -> None:
