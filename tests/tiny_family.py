@@ -37,6 +37,7 @@ class TinyFamily:
         random_side_px: sides of the random images are drawn from 4 to this.
         caps_px: settings of `data.image_size` that the image-token rule is tried with, beside none.
         own_forward_takes_text: whether transformers' own forward runs without an image.
+        processor_call: whether the processor itself makes all inputs of a rendered conversation, to compare ours with.
     """
 
     name: str
@@ -47,6 +48,7 @@ class TinyFamily:
     random_side_px: int = 160
     caps_px: tuple[int, ...] = ()
     own_forward_takes_text: bool = True
+    processor_call: bool = True
 
 
 def tiny_facts(published: ModelFacts, architecture: Mapping[str, Any], **changes: Any) -> ModelFacts:

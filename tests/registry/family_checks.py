@@ -131,6 +131,36 @@ def check_labels(case: Case) -> None:
     assert encoded.labels.tolist() == labels
 
 
+def check_inputs(case: Case) -> None:
+    """A prompt with two images comes to the inputs that the processor's own call makes of the rendered conversation.
+
+    A start token that both the template and the tokenizer write stands twice there, and once in ours.
+    """
+    if not case.tiny.processor_call:
+        pytest.skip("the processor has no call of this kind")
+    family = case.spec.family
+    processor = family.load_processor(str(case.folder))
+    encoder = Encoder(processor, family, max_length=4096)
+    paths = [tiny.write_image(case.workplace / f"{size[0]}.png", size) for size in (FIRST_SIZE, SECOND_SIZE)]
+    parts = (*(ImagePart(path=path) for path in paths), TextPart("What is it?"))
+    ours = _collated([encoder.encode_prompt([Message("user", parts)])], encoder).model_inputs
+    content = [*({"type": "image"} for _ in paths), {"type": "text", "text": "What is it?"}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=False,
+        **family.template_arguments,
+    )
+    own = processor(images=[Image.open(path) for path in paths], text=[text], return_tensors="pt")
+    assert own.keys() == ours.keys()
+    length = ours["input_ids"].shape[1]
+    num_starts = own["input_ids"].shape[1] - length
+    assert num_starts in (0, 1)
+    for name, value in own.items():
+        is_sequence = value.shape[:2] == own["input_ids"].shape
+        torch.testing.assert_close(ours[name], value[:, num_starts:] if is_sequence else value, check_dtype=False)
+
+
 def check_image_tokens(case: Case) -> None:
     """`num_image_tokens` is what the processor emits, for random sizes, at each setting of `data.image_size`."""
     chooser = random.Random(0)

@@ -32,6 +32,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_an_unknown_family_passes_the_checks_of_the_known_ones(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert case.spec.family.name == "derived"
+    checks.check_inputs(case)
     trained = checks.train(case)
     checks.check_training(case, trained)
     checks.check_image_matters(case, trained)
@@ -64,8 +65,9 @@ def test_image_tokens_are_counted_by_the_processor(case: Case) -> None:
         ({"model_type": "my_own", "auto_map": {}}, "Python code of its own, which EightGig does not run"),
         ({}, "says model_type None"),
         ({"model_type": "florence2"}, "an encoder and a decoder"),
-        ({"model_type": "cohere2_vision"}, r"scales its logits \(logit_scale\)"),
+        ({"model_type": "cohere2_vision"}, r"cap or scale its logits \(logit_scale\)"),
         ({"model_type": "gemma3n"}, "can't build it here"),
+        ({"model_type": "fuyu"}, "no vision tower beside its language model"),
         (
             {
                 "model_type": "qwen3_vl_moe",

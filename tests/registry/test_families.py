@@ -45,6 +45,10 @@ def test_labels_are_those_written_by_hand(case: Case) -> None:
     checks.check_labels(case)
 
 
+def test_inputs_are_those_of_the_processor(case: Case) -> None:
+    checks.check_inputs(case)
+
+
 def test_the_image_token_rule_is_what_the_processor_emits(case: Case) -> None:
     checks.check_image_tokens(case)
 

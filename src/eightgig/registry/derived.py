@@ -13,10 +13,11 @@ from typing import Any
 from eightgig.core.errors import UnsupportedModel
 from eightgig.registry.derived_processor import ProcessorFacts, load_any_processor, processor_facts
 from eightgig.registry.facts import ModelFacts, ModulePaths, transformers_config
-from eightgig.registry.family import ModelFamily, base_model
+from eightgig.registry.family import ModelFamily
 
 MIN_LINEAR_SHARE = 0.9  # of the decoder's matrices; experts held as one tensor stay 16-bit and get no adapter
-SCALED_LOGITS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+# Whether a model with such a setting in its text config applies it, depends on its own forward.
+CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 BUILD_ERRORS = (ImportError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
 
 
@@ -28,7 +29,6 @@ class _Tree:
     lora_pattern: str
     keep_16bit: tuple[str, ...]
     num_language_linears: int
-    softcap: float | None
 
 
 class DerivedFamily(ModelFamily):
@@ -48,7 +48,6 @@ class DerivedFamily(ModelFamily):
         self.derivation = _said(model_type, tree, processor)
         self._location = location
         self._num_language_linears = tree.num_language_linears
-        self._softcap = tree.softcap
         self._takes_token_types = processor.takes_token_types
 
     def native_image_px(self, architecture: Mapping[str, Any], image_settings: Mapping[str, Any]) -> int:
@@ -102,11 +101,6 @@ class DerivedFamily(ModelFamily):
         (kinds,) = processor.create_mm_token_type_ids([input_ids.tolist()])
         return {"mm_token_type_ids": torch.tensor(kinds)}
 
-    def logits(self, model: Any, hidden: Any) -> Any:
-        """The head's output, capped where the text config says so."""
-        logits = base_model(model).get_submodule(self.modules.lm_head)(hidden)
-        return logits if self._softcap is None else (logits / self._softcap).tanh() * self._softcap
-
 
 def derive_family(
     config: Mapping[str, Any], *, location: str, source: str, known_types: Sequence[str]
@@ -153,7 +147,7 @@ def _build(config: Mapping[str, Any], source: str) -> Any:
     from transformers import AutoModelForImageTextToText
 
     try:
-        with init_empty_weights():
+        with init_empty_weights(include_buffers=True):
             return AutoModelForImageTextToText.from_config(transformers_config(config))
     except BUILD_ERRORS as error:
         raise refused(source, f"transformers can't build it here ({type(error).__name__}: {error})") from error
@@ -165,9 +159,9 @@ def _read_tree(model: Any, source: str) -> _Tree:
     if model.config.is_encoder_decoder:
         raise refused(source, "it has an encoder and a decoder for text, and EightGig trains decoders alone")
     text_config = model.config.get_text_config()
-    scaled = [name for name in SCALED_LOGITS if getattr(text_config, name, None) not in (None, 1, 1.0)]
-    if scaled:
-        raise refused(source, f"it scales its logits ({scaled[0]}), in a way that only a family of its own can know")
+    changed = [name for name in CHANGED_LOGITS if getattr(text_config, name, None) not in (None, 1, 1.0)]
+    if changed:
+        raise refused(source, f"it may cap or scale its logits ({changed[0]}): only a family of its own can know how")
     paths = {id(module): path for path, module in model.named_modules()}
     head, decoder = model.get_output_embeddings(), model.get_decoder()
     if not isinstance(head, nn.Linear):
@@ -179,6 +173,8 @@ def _read_tree(model: Any, source: str) -> _Tree:
         raise refused(source, "its language model can't be told from the rest of it")
     names = _linear_names(decoder, source)
     towers, projectors, others = _other_parts(model, language_model, lm_head)
+    if not towers:
+        raise refused(source, "it has no vision tower beside its language model")
     pattern = rf"{re.escape(language_model)}\.layers\.\d+\.({'|'.join(map(re.escape, names))})"
     modules = ModulePaths(language_model=language_model, towers=towers, projectors=projectors, lm_head=lm_head)
     return _Tree(
@@ -186,7 +182,6 @@ def _read_tree(model: Any, source: str) -> _Tree:
         lora_pattern=pattern,
         keep_16bit=tuple(map(re.escape, (*towers, *projectors, *others, lm_head))),
         num_language_linears=sum(re.fullmatch(pattern, path) is not None for path in paths.values()),
-        softcap=getattr(text_config, "final_logit_softcapping", None),
     )
 
 
@@ -243,8 +238,6 @@ def _said(model_type: str, tree: _Tree, processor: ProcessorFacts) -> tuple[str,
         f"adapters and 4 bits on {tree.num_language_linears} linear layers: {tree.lora_pattern}",
         f"an image is {processor.image_placeholder} in the chat template; an answer ends with {processor.end_of_turn}",
     ]
-    if tree.softcap is not None:
-        sentences.append(f"logits are capped at ±{tree.softcap:g}")
     if processor.image_layout.padding:
         sentences.append(f"filled up with zeros in a batch: {', '.join(processor.image_layout.padding)}")
     return tuple(sentences)
