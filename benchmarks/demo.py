@@ -16,10 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import write_record
 from peft import PeftModel
 from PIL import Image
 
-from benchmarks.record import write_record
 from eightgig.app.demonstration import run_demo
 from eightgig.config import load_config
 from eightgig.data.encode import Encoder

@@ -42,6 +42,11 @@ def prompt_text(question: str, *, is_first: bool) -> str:
     return f"USER: {image}{question} ASSISTANT:"
 
 
+def image_position(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Where the image token stands in every row."""
+    return tokenizer(prompt_text("", is_first=True))["input_ids"].index(tokenizer.convert_tokens_to_ids(IMAGE))
+
+
 def train_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most `MAX_VOCABULARY` tokens, trained on the text of the scenes."""
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))

@@ -1,13 +1,17 @@
-"""Exact match on held-out scenes, over all and for each kind of question."""
+"""Exact match on held-out scenes, over all and by kind: `python -m benchmarks.demo_model.held_out MODEL NUM_SCENES`."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from benchmarks.demo_model.architecture import PretrainingForward
-from benchmarks.demo_model.conversation import HELD_OUT_SEED, RowEncoder
+from benchmarks.demo_model.conversation import HELD_OUT_SEED, RowEncoder, image_position
 from benchmarks.demo_model.feed import render_batch
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 _ROWS_AT_ONCE = 500
 
@@ -32,3 +36,14 @@ def measure_held_out(forward: PretrainingForward, encoder: RowEncoder, num_scene
             hits["all"].append(right)
             hits[kind].append(right)
     return {kind: round(sum(rights) / len(rights), 4) for kind, rights in sorted(hits.items())}
+
+
+def measure_folder(folder: Path, num_scenes: int) -> dict[str, float]:
+    """`measure_held_out` of the bf16 weights in a model folder, computed in fp32."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return measure_held_out(PretrainingForward(model, image_position(tokenizer)), RowEncoder(tokenizer), num_scenes)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_folder(Path(sys.argv[1]), int(sys.argv[2]))))

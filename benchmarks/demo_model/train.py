@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 from benchmarks.demo_model.architecture import PretrainingForward, build_model
-from benchmarks.demo_model.conversation import IMAGE, RowEncoder, prompt_text, train_tokenizer
+from benchmarks.demo_model.conversation import RowEncoder, image_position, train_tokenizer
 from benchmarks.demo_model.feed import Batch, SceneBatches, scene_loader
 from benchmarks.demo_model.held_out import measure_held_out
 from safetensors.torch import load_file, save_file
@@ -125,9 +125,7 @@ def pretrain(settings: Pretraining, device: torch.device, out: Path, start_from:
     model = build_model(tokenizer)
     if start_from is not None:
         model.load_state_dict({name: tensor.float() for name, tensor in load_weights(start_from).items()})
-    first_prompt = tokenizer(prompt_text("", is_first=True))["input_ids"]
-    image_position = first_prompt.index(tokenizer.convert_tokens_to_ids(IMAGE))
-    forward = PretrainingForward(model, image_position).to(device)
+    forward = PretrainingForward(model, image_position(tokenizer)).to(device)
     batches = SceneBatches(tokenizer, (settings.seed + 1) << 32, settings.batch_size)
     loader = iter(scene_loader(batches, settings.num_workers, pin=device.type == "cuda"))
     stepper = Stepper(forward, settings, next(loader))

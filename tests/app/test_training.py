@@ -58,7 +58,7 @@ def test_each_method_trains_and_its_result_loads_in_a_fresh_process(
 ) -> None:
     listener = _Recorder()
     config = tiny_config(training=training | {"learning_rate": 2e-3, "max_steps": 5})
-    outcome = run_training(config, listener=listener)
+    outcome = run_training(config, listener=listener, is_proved=True)
 
     assert listener.starts[0].method == method
     assert any(row["is_4bit"] for row in listener.starts[0].receipt_rows) is is_4bit
@@ -102,17 +102,9 @@ def test_two_processes_give_the_losses_of_one(tiny_config: Config, run_training:
     alone = run_training(config, name="alone")
 
     save_config(config, tmp_path / "config.json")
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    # --multi_gpu makes accelerate start several processes on one machine; the config keeps them on the CPU.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     process = subprocess.run(
         [*launch, "-m", "eightgig", "train", str(tmp_path / "config.json"), "--run-folder", str(tmp_path / "two")],
         capture_output=True,

@@ -83,7 +83,17 @@ def test_inspect_as_json(calls: Calls, capsys: pytest.CaptureFixture[str]) -> No
     assert json.loads(run(capsys, "inspect", "runs/a", "--json")[1]) == RECEIPT
 
 
-def test_demo_ends_with_the_gain_and_the_next_commands(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("is_on_path", "program"), [(True, "eightgig"), (False, ".venv/bin/eightgig")])
+def test_demo_ends_with_the_gain_and_the_next_commands(
+    calls: Calls,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_on_path: bool,
+    program: str,
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}" if is_on_path else None)
+    monkeypatch.setattr("sys.argv", [".venv/bin/eightgig", "demo"])
     outcome = SimpleNamespace(
         before=0.125,
         after=0.945,
@@ -101,8 +111,8 @@ def test_demo_ends_with_the_gain_and_the_next_commands(calls: Calls, capsys: pyt
         f"adapter       {Path('d/adapter')}\n"
         f"report        {Path('d/report.html')}\n"
         "\nnext, with your own data:\n"
-        "  eightgig train --data [my].jsonl\n"
-        "  eightgig report d\n",
+        f"  {program} train --data [my].jsonl\n"
+        f"  {program} report d\n",
         "",
     )
     assert (calls.arguments["output_dir"], calls.arguments["seed"]) == (Path("d"), 2)

@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from eightgig.core.errors import DoesNotFit, EnvironmentProblem
-from eightgig.core.files import whole_folder, write_json, write_text
+from eightgig.core.files import explained_write_errors, whole_folder, write_json, write_text
 
 
 def test_a_crash_while_writing_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +62,9 @@ def test_a_folder_replaces_an_older_one(tmp_path: Path) -> None:
         (errno.ENOSPC, DoesNotFit, "the disk is full"),
         (errno.EACCES, EnvironmentProblem, "can't be written"),
         (errno.EROFS, EnvironmentProblem, "can't be written"),
+        (errno.EDQUOT, DoesNotFit, "the disk is full"),
+        (errno.EFBIG, DoesNotFit, "can't be written: File too large"),
+        (errno.ENAMETOOLONG, EnvironmentProblem, "can't be made: File name too long"),
     ],
 )
 def test_disk_errors_say_what_to_do(
@@ -74,3 +78,23 @@ def test_disk_errors_say_what_to_do(
         write_json(tmp_path / "run.json", {"a": 1})
     assert "--output-dir" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_where_a_folder_should_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    for write in (lambda: write_text(tmp_path / "runs" / "a" / "b.txt", "x"), lambda: enter(tmp_path / "runs" / "a")):
+        with pytest.raises(EnvironmentProblem, match=r"can't be made: .*runs is a file"):
+            write()
+    assert list(tmp_path.iterdir()) == [tmp_path / "runs"]
+
+
+def enter(folder: Path) -> None:
+    with whole_folder(folder):
+        pass
+
+
+def test_the_errors_of_safetensors_are_read_by_their_number(tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFit, match="the disk is full"), explained_write_errors(tmp_path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(SafetensorError, match="invalid header"), explained_write_errors(tmp_path):
+        raise SafetensorError("Error while deserializing header: invalid header length")

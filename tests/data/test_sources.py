@@ -124,6 +124,7 @@ def test_relative_images_lie_below_the_file_or_the_image_root(tmp_path: Path, qu
     path = write_jsonl(tmp_path / "lists" / "train.jsonl", [{**FLAT, "image": "sub/a.png"}])
     (beside,) = load_samples(path, None, quarantine).samples
     assert beside.images == (ImagePart(path=tmp_path / "lists" / "sub" / "a.png"),)
+    (tmp_path / "pictures").mkdir()
     (rooted,) = load_samples(path, tmp_path / "pictures", quarantine).samples
     assert rooted.images == (ImagePart(path=tmp_path / "pictures" / "sub" / "a.png"),)
     assert rooted.image_names == (str(tmp_path / "pictures" / "sub" / "a.png"),)

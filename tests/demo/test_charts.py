@@ -41,11 +41,8 @@ def test_bars_stand_left_to_right_and_never_overlap() -> None:
 
 def test_splits_share_no_values_whatever_the_seeds() -> None:
     train = {values_of(chart) for chart in deal_charts("train", 3000, seed=0)}
-    validation = {values_of(chart) for chart in deal_charts("validation", 300, seed=1)}
-    test = {values_of(chart) for chart in deal_charts("test", 300, seed=0)}
-    assert not train & validation
+    test = {values_of(chart) for chart in deal_charts("test", 600, seed=1)}
     assert not train & test
-    assert not validation & test
 
 
 def test_each_answer_is_asked_equally_often() -> None:
@@ -63,11 +60,11 @@ def test_the_place_of_the_asked_bar_tells_nothing() -> None:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> TaskFiles:
-    return write_task(tmp_path_factory.mktemp("task"), seed=4, num_train_images=30, num_validation_images=7)
+    return write_task(tmp_path_factory.mktemp("task"), seed=4, num_train_images=30, num_test_images=200)
 
 
 def test_files_are_in_the_llava_shape(files: TaskFiles) -> None:
-    sizes = {files.train_jsonl: 30, files.validation_jsonl: 7, files.test_jsonl: 200}
+    sizes = {files.train_jsonl: 30, files.test_jsonl: 200}
     for path, num_records in sizes.items():
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         assert len({record["id"] for record in records}) == num_records
@@ -93,8 +90,8 @@ def test_written_answers_are_what_the_written_picture_shows(files: TaskFiles) ->
 
 
 def test_a_seed_writes_the_same_files_and_another_does_not(files: TaskFiles, tmp_path: Path) -> None:
-    again = write_task(tmp_path / "a", seed=4, num_train_images=30, num_validation_images=7)
-    other = write_task(tmp_path / "b", seed=5, num_train_images=30, num_validation_images=7)
+    again = write_task(tmp_path / "a", seed=4, num_train_images=30, num_test_images=200)
+    other = write_task(tmp_path / "b", seed=5, num_train_images=30, num_test_images=200)
     assert again.train_jsonl.read_bytes() == files.train_jsonl.read_bytes()
     assert other.train_jsonl.read_bytes() != files.train_jsonl.read_bytes()
     names = sorted(path.name for path in (files.train_jsonl.parent / "images").iterdir())

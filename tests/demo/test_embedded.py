@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from eightgig import registry
 from eightgig.demo.charts import deal_charts, draw_chart
-from eightgig.demo.embedded import model_folder
 from eightgig.demo.scenes import render_scene
 from eightgig.demo.settings import DemoSettings
 
 # No scene of pretraining or of the tokenizer's text has a seed from here on (benchmarks/demo_model/conversation.py).
 HELD_OUT_SEED = (1 << 52) + 1_000_000
 MAX_WEIGHTS_BYTES = 20_000_000
+MODEL_FOLDER = Path(registry.get("eightgig-demo").location)
 
 
 @pytest.fixture(scope="module")
 def processor() -> Any:
-    return AutoProcessor.from_pretrained(model_folder())
+    return AutoProcessor.from_pretrained(MODEL_FOLDER)
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return AutoModelForImageTextToText.from_pretrained(model_folder(), dtype=torch.float32).eval()
+    return AutoModelForImageTextToText.from_pretrained(MODEL_FOLDER, dtype=torch.float32).eval()
 
 
 def ask(text: str) -> list[dict[str, Any]]:
@@ -33,7 +35,7 @@ def ask(text: str) -> list[dict[str, Any]]:
 
 
 def test_it_is_small_enough_to_ship() -> None:
-    files = {path.name: path.stat().st_size for path in model_folder().iterdir()}
+    files = {path.name: path.stat().st_size for path in MODEL_FOLDER.iterdir()}
     assert files["model.safetensors"] <= MAX_WEIGHTS_BYTES
     assert sum(files.values()) <= MAX_WEIGHTS_BYTES
 

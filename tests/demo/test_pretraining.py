@@ -12,13 +12,15 @@ from benchmarks.demo_model.conversation import ROW_TOKENS, RowEncoder
 from benchmarks.demo_model.feed import SceneBatches, render_batch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from eightgig.demo.embedded import model_folder
+from eightgig import registry
 from eightgig.demo.scenes import render_scene
+
+MODEL_FOLDER = registry.get("eightgig-demo").location
 
 
 @pytest.fixture(scope="module")
 def processor() -> Any:
-    return AutoProcessor.from_pretrained(model_folder())
+    return AutoProcessor.from_pretrained(MODEL_FOLDER)
 
 
 def messages_of(seed: int) -> list[dict[str, Any]]:
@@ -43,7 +45,7 @@ def test_rows_are_what_the_chat_template_writes(processor: Any) -> None:
 
 def test_the_forward_pass_is_the_stock_one(processor: Any) -> None:
     torch.manual_seed(3)
-    model = AutoModelForImageTextToText.from_pretrained(model_folder(), dtype=torch.float32).eval()
+    model = AutoModelForImageTextToText.from_pretrained(MODEL_FOLDER, dtype=torch.float32).eval()
     text = processor.apply_chat_template(messages_of(11))
     inputs = processor(images=[render_scene(11).image], text=[text], return_tensors="pt")
     ids = processor.tokenizer(text, return_tensors="pt")["input_ids"]
@@ -68,7 +70,7 @@ def test_batches_follow_the_seed(processor: Any) -> None:
 
 
 def test_the_script_builds_the_shipped_architecture(processor: Any) -> None:
-    shipped = AutoModelForImageTextToText.from_pretrained(model_folder())
+    shipped = AutoModelForImageTextToText.from_pretrained(MODEL_FOLDER)
     built = build_model(processor.tokenizer)
     shapes = {name: weight.shape for name, weight in built.state_dict().items()}
     assert shapes == {name: weight.shape for name, weight in shipped.state_dict().items()}

@@ -70,11 +70,19 @@ CASES: dict[str, tuple[Callable[[], Exception], type[EightGigError], str]] = {
         EnvironmentProblem,
         r"HF_HUB_OFFLINE is set[\s\S]*unset HF_HUB_OFFLINE",
     ),
+    "plain 404": (
+        lambda: _answer(errors.HfHubHTTPError, 404),
+        UnsupportedModel,
+        r"there is no model[\s\S]*HF_ENDPOINT",
+    ),
     "forbidden": (lambda: _answer(errors.HfHubHTTPError, 403), EnvironmentProblem, r"refuses[\s\S]*hf auth login"),
     "server down": (lambda: _answer(errors.HfHubHTTPError, 503), EnvironmentProblem, r"answered 503[\s\S]*try again"),
     "no disk space": (_no_space, DoesNotFit, r"the disk filled up[\s\S]*HF_HOME"),
     "no id": (lambda: errors.HFValidationError("two slashes"), UnsupportedModel, r"is not a hub id: two slashes"),
 }
+
+
+ALIKE = ("no network at all", "plain 404")  # other signs of what another case shows
 
 
 @pytest.fixture(autouse=True)
@@ -84,10 +92,11 @@ def _online(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def download(*args: object, **kwargs: object) -> str:
+    def fail(*args: object, **kwargs: object) -> str:
         raise error
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fail)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -106,9 +115,7 @@ def test_an_error_that_transformers_wrapped_is_explained_the_same_way(case: str)
 
 
 def test_the_messages_differ_from_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [
-        hub.explain(make_error(), HUB_ID, "v9") for name, (make_error, _, _) in CASES.items() if "at all" not in name
-    ]
+    found = [hub.explain(make_error(), HUB_ID, "v9") for name, (make_error, _, _) in CASES.items() if name not in ALIKE]
     assert None not in found
     assert len({error.found for error in found if error is not None}) == len(found)
 
@@ -147,11 +154,58 @@ def test_a_model_of_the_hub_is_resolved_by_its_config(tmp_path: Path, monkeypatc
     )
     asked: dict[str, Any] = {}
 
-    def download(repo_id: str, filename: str, *, revision: str | None) -> str:
-        asked.update(repo_id=repo_id, filename=filename, revision=revision)
+    def download(repo_id: str, filename: str, *, revision: str | None, local_files_only: bool) -> str:
+        asked.update(repo_id=repo_id, filename=filename, revision=revision, local_files_only=local_files_only)
         return str(path)
 
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     spec = registry.resolve(HUB_ID, revision="v1")
-    assert asked == {"repo_id": HUB_ID, "filename": "config.json", "revision": "v1"}
+    assert asked == {"repo_id": HUB_ID, "filename": "config.json", "revision": "v1", "local_files_only": False}
     assert (spec.location, spec.facts.image_px, spec.facts.num_language_linears) == (HUB_ID, 224, 21)
+
+
+@pytest.mark.parametrize(("setting", "expected_s"), [(None, 5.0), ("30", 30.0)])
+def test_the_hub_is_asked_once_and_not_for_long(
+    setting: str | None, expected_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, float]] = []
+    if setting is not None:
+        monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", setting)
+        monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", int(setting))
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: calls.append((url, timeout)))
+    assert not hub.must_use_cache(HUB_ID, "v9")
+    assert calls == [(f"{constants.ENDPOINT}/{HUB_ID}/resolve/v9/config.json", expected_s)]
+
+
+@pytest.mark.parametrize("case", ["no network", "gated", "server down"])
+def test_what_is_in_the_cache_is_used_when_the_hub_fails(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _fail_with(monkeypatch, CASES[case][0]())
+    snapshot = tmp_path / "models--somebody--some-llava" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert hub.must_use_cache(HUB_ID, None)
+    with pytest.raises(EightGigError):
+        hub.must_use_cache(HUB_ID, "another-branch")
+
+
+def test_offline_mode_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    _fail_with(monkeypatch, AssertionError("the hub was asked"))
+    assert hub.must_use_cache(HUB_ID, None)
+
+
+def test_a_damaged_config_in_the_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type":')
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(path))
+    with pytest.raises(
+        UnsupportedModel, match=r"config\.json of somebody/some-llava is not JSON[\s\S]*delete .*config"
+    ):
+        registry.resolve(HUB_ID)

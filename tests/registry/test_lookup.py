@@ -12,7 +12,6 @@ import pytest
 import tiny
 from eightgig import registry
 from eightgig.core.errors import UnsupportedModel
-from eightgig.registry import lookup
 
 
 @pytest.mark.parametrize(
@@ -90,14 +89,11 @@ def test_a_file_is_not_a_model(tmp_path: Path) -> None:
         registry.resolve(str(tmp_path / "model.safetensors"))
 
 
-def test_the_packaged_model_is_listed_only_once_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lookup, "PACKAGED_MODELS", {"eightgig-demo": tmp_path / "model"})
-    assert "eightgig-demo" not in {spec.name for spec in registry.all_specs()}
-    with pytest.raises(UnsupportedModel, match="it holds nothing"):
-        registry.get("eightgig-demo")
-    tiny.build_tiny_llava(tmp_path / "model")
-    assert registry.get("eightgig-demo").facts.folder == tmp_path / "model"
-    assert registry.all_specs()[-1].name == "eightgig-demo"
+def test_the_packaged_model_is_listed_with_the_licence_of_this_package() -> None:
+    (packaged,) = (spec for spec in registry.all_specs() if spec.facts.hub_id is None)
+    assert packaged == registry.get("eightgig-demo")
+    assert packaged.facts.licence == "Apache-2.0"
+    assert (Path(packaged.location) / "model.safetensors").is_file()
 
 
 def test_looking_up_a_registry_name_loads_neither_torch_nor_transformers() -> None:

@@ -49,7 +49,6 @@ def run_demo(*, output_dir: Path, seed: int, listener: TrainingListener) -> Demo
         output_dir / f"data-{seed}",
         seed=seed,
         num_train_images=settings.num_train_images,
-        num_validation_images=settings.num_validation_images,
         num_test_images=settings.num_test_images,
     )
     config_file = output_dir / f"config-{seed}.json"
@@ -75,9 +74,9 @@ def run_demo(*, output_dir: Path, seed: int, listener: TrainingListener) -> Demo
         report_path=outcome.report_path,
         train_s=outcome.train_s,
         next_commands=(
-            "eightgig train --data my-data.jsonl --dry-run",
-            "eightgig train --data my-data.jsonl --preset ultra_low_memory --model llava-1.5-7b",
-            "eightgig predict runs/RUN --image picture.png --question 'What is shown?'",
+            "eightgig train ultra_low_memory --data my-data.jsonl --run-folder runs/mine --dry-run",
+            "eightgig train ultra_low_memory --data my-data.jsonl --run-folder runs/mine",
+            "eightgig predict runs/mine --image picture.png --question 'What is shown?'",
         ),
     )
 
@@ -111,14 +110,14 @@ def demo_config(files: TaskFiles, *, output_dir: Path, seed: int) -> TrainingCon
                 "val_path": str(files.test_jsonl),
                 "max_length": settings.max_length,
                 "image_size": settings.image_size,
-                "num_workers": 1,
+                "num_workers": settings.num_workers,
             },
             # The model is so small that recomputing its layers would save nothing worth the time.
             "hardware": {"gradient_checkpointing": False},
             "validation": {
                 "every_steps": settings.validate_every_steps,
                 "num_generated": settings.num_test_images,
-                "max_new_tokens": 6,
+                "max_new_tokens": settings.max_new_tokens,
             },
             "checkpoints": {"every_steps": settings.validate_every_steps},
             "output_dir": str(output_dir),

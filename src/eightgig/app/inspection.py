@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from eightgig.config import ModelConfig, TrainingConfig
+from eightgig.core.errors import CheckpointError
 from eightgig.models.load import load_model
 from eightgig.models.receipt import Receipt
 from eightgig.registry import resolve
@@ -25,7 +26,13 @@ def inspect(target: str, *, random_weights_seed: int | None = None) -> Receipt:
         UnsupportedModel: the model is unknown, or was not stored as asked.
     """
     folder = RunFolder(Path(target))
-    if folder.config.is_file() and folder.receipt.is_file():
+    if folder.is_run:
+        if not folder.receipt.is_file():
+            raise CheckpointError(
+                f"the run {target} has no receipt: it ended before its model was loaded",
+                expected="a run that came to its first step, or a model",
+                next_step="look at the reason in its run.json, and start it again",
+            )
         return Receipt.from_json(json.loads(folder.receipt.read_text(encoding="utf-8")))
     config = TrainingConfig(model=ModelConfig(name=target, random_weights_seed=random_weights_seed))
     place = choose_place(config)

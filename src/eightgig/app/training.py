@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 from accelerate.utils import broadcast_object_list
 
 from eightgig.app.finishing import finish
 from eightgig.app.run_facts import facts_at_start, now_utc
+from eightgig.checkpoint.retention import newest_sound_checkpoint
 from eightgig.config import TrainingConfig, load_config, save_config
-from eightgig.core.errors import CheckpointError
+from eightgig.core.errors import CheckpointError, DoesNotFit, EightGigError, EnvironmentProblem
 from eightgig.core.files import write_json
 from eightgig.data.loader import StepLoader, WorkerSettings
 from eightgig.train.events import RunOutcome, RunStart, SilentListener, TrainingListener
@@ -53,7 +56,7 @@ def train(
         save_config(config, folder.config)
         write_json(folder.sources, dict(sources))
         folder.update_facts(status="running", started_at=now_utc(), command=command)
-    with _status_kept(folder, place):
+    with _StatusKept(folder, place):
         run, told = _prepare(config, place, folder, listener)
         if dry_run:
             _announce(run, folder, told, steps_done=0)
@@ -77,12 +80,14 @@ def resume(run_folder: Path, *, listener: TrainingListener, command: str) -> Run
         )
     config = load_config(folder.config).config
     place = choose_place(config)
+    told: TrainingListener = listener if place.accelerator.is_main_process else SilentListener()
+    checkpoint = newest_sound_checkpoint(folder.checkpoints, told.on_message)  # before minutes of loading
     if place.accelerator.is_main_process:
         folder.update_facts(status="running", command=command)
-    with _status_kept(folder, place):
+    with _StatusKept(folder, place):
         run, told = _prepare(config, place, folder, listener)
         marks = fingerprint(config, run.data.fingerprint, run.trainable)
-        steps_done = resume_from_checkpoint(run, folder, marks, told)
+        steps_done = resume_from_checkpoint(run, checkpoint, marks)
         if place.accelerator.is_main_process:
             folder.forget_after(steps_done)
         return _run_to_the_end(run, folder, told, steps_done=steps_done)
@@ -99,16 +104,25 @@ def _new_folder(config: TrainingConfig, wanted: Path | None, place: Place) -> Ru
     return RunFolder(path[0])
 
 
-@contextlib.contextmanager
-def _status_kept(folder: RunFolder, place: Place) -> Iterator[None]:
-    """Keep run.json true when the run ends before its time."""
-    try:
-        yield
-    except BaseException as error:
-        if place.accelerator.is_main_process:
+@dataclass(frozen=True)
+class _StatusKept(contextlib.AbstractContextManager[None]):
+    """Keeps run.json true when the run inside ends before its time, and leaves nothing of one that never began."""
+
+    folder: RunFolder
+    place: Place
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None or not self.place.accelerator.is_main_process:
+            return
+        # A full disk takes no status either; the user is to hear of what ended the run, not of that.
+        with contextlib.suppress(DoesNotFit, EnvironmentProblem):
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            folder.update_facts(status=status, finished_at=now_utc(), reason=str(error) or type(error).__name__)
-        raise
+            reason = str(error) or type(error).__name__
+            self.folder.update_facts(status=status, finished_at=now_utc(), reason=reason)
+            if isinstance(error, EightGigError | KeyboardInterrupt) and not self.folder.has_quarantined:
+                self.folder.remove_if_never_begun()
 
 
 def _prepare(

@@ -21,15 +21,32 @@ def checkpoint_paths(folder: Path) -> list[Path]:
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:
-    """`{"step", "loss"}` of the checkpoint with the lowest validation loss so far, None before there is one."""
+    """`{"step", "loss"}` of the checkpoint with the lowest validation loss so far, None before there is one.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
     path = folder / BEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        best: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
+        raise CheckpointError(
+            f"{path} is damaged: {error}",
+            expected="the step and loss of the best checkpoint, as JSON",
+            next_step=f"delete {path} and resume: the next validation counts as the best so far",
+        ) from error
+    return best
 
 
 def record_best(folder: Path, *, step: int, loss: float) -> bool:
-    """Note the checkpoint after `step` as the best if `loss` is the lowest so far; returns whether it is."""
+    """Note the checkpoint after `step` as the best if `loss` is the lowest so far; returns whether it is.
+
+    A resumed run may come to the best step again: it is still the best then, and may have no checkpoint yet.
+    """
     best = read_best(folder)
-    if best is not None and best["loss"] <= loss:
+    if best is not None and best["step"] != step and best["loss"] <= loss:
         return False
     write_json(folder / BEST, {"step": step, "loss": loss})
     return True

@@ -29,15 +29,24 @@ Settings = Annotated[
 Model = Annotated[
     str | None, typer.Option(help="A known model, a folder or a hub id.", rich_help_panel=_MODEL_AND_DATA)
 ]
-Data = Annotated[Path | None, typer.Option(help="Training data: a file or a folder.", rich_help_panel=_MODEL_AND_DATA)]
+# Paths that are settings stay text here: `Path("")`, of an unset shell variable, would be the folder one is in.
+Data = Annotated[
+    str | None,
+    typer.Option(metavar="PATH", help="Training data: a file or a folder.", rich_help_panel=_MODEL_AND_DATA),
+]
 Validation = Annotated[
-    Path | None,
-    typer.Option(help="Validation data; without it a share is held out.", rich_help_panel=_MODEL_AND_DATA),
+    str | None,
+    typer.Option(
+        metavar="PATH", help="Validation data; without it a share is held out.", rich_help_panel=_MODEL_AND_DATA
+    ),
 ]
 ImageRoot = Annotated[
-    Path | None, typer.Option(help="Where relative image paths start.", rich_help_panel=_MODEL_AND_DATA)
+    str | None,
+    typer.Option(metavar="PATH", help="Where relative image paths start.", rich_help_panel=_MODEL_AND_DATA),
 ]
-OutputDir = Annotated[Path | None, typer.Option(help="Where the run's own folder is made.", rich_help_panel=_RUN)]
+OutputDir = Annotated[
+    str | None, typer.Option(metavar="PATH", help="Where the run's own folder is made.", rich_help_panel=_RUN)
+]
 RunFolder = Annotated[
     Path | None, typer.Option(help="The run's folder itself; must not exist yet.", rich_help_panel=_RUN)
 ]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -47,7 +50,14 @@ def print_demo_outcome(outcome: DemoOutcome) -> None:
     )
     typer.echo("\nnext, with your own data:")
     for command in outcome.next_commands:
-        typer.echo(f"  {command}")
+        typer.echo(f"  {_typeable(command)}")
+
+
+def _typeable(command: str) -> str:
+    """`command` with this program's path where its name alone would not be found, as after `make demo`."""
+    if shutil.which("eightgig") is not None:
+        return command
+    return command.replace("eightgig", str(Path(sys.argv[0])), 1)
 
 
 def run_outcome_rows(outcome: RunOutcome) -> list[tuple[str, str]]:

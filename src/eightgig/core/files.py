@@ -6,13 +6,21 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eightgig.core.errors import DoesNotFit, EnvironmentProblem
+from safetensors import SafetensorError
+
+from eightgig.core.errors import DoesNotFit, EightGigError, EnvironmentProblem
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EROFS, errno.EPERM)
+_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)  # mkdir says "exists" of a file that stands where a folder should be
+_CODE_OF_SAFETENSORS = re.compile(r"os error (\d+)")  # it tells the system's errors in no other way
 
 
 def fsync_path(path: Path) -> None:
@@ -28,24 +36,57 @@ def fsync_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def explained_write_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission while writing `path` into an error that says what to do."""
+    """Turn what the system refuses while `path` is written into an error that says what to do; other errors pass."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free_bytes = shutil.disk_usage(existing_parent(path)).free
-            raise DoesNotFit(
-                f"the disk is full: writing {path} failed with {free_bytes:,} bytes free",
-                expected="enough free disk space for the file",
-                next_step="free some space or choose another folder with --output-dir, then run again",
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise EnvironmentProblem(
-                f"{path} can't be written: {error.strerror}",
-                expected="a folder that you may write to",
-                next_step="choose another folder with --output-dir, or change the folder's permissions",
-            ) from error
-        raise
+    except (OSError, SafetensorError) as error:
+        explained = _explain(error, path)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _explain(error: OSError | SafetensorError, path: Path) -> EightGigError | None:
+    code = error.errno if isinstance(error, OSError) else _code_of(error)
+    reason = os.strerror(code) if code is not None else ""
+    if code in _FULL:
+        free_bytes = shutil.disk_usage(existing_parent(path)).free
+        return DoesNotFit(
+            f"the disk is full: writing {path} failed with {free_bytes:,} bytes free",
+            expected="enough free disk space for the file",
+            next_step="free some space or choose another folder with --output-dir, then run again",
+        )
+    if code == errno.EFBIG:
+        return DoesNotFit(
+            f"{path} can't be written: {reason}",
+            expected="a file system without a limit on the size of a file (FAT32 ends at 4 GB), and no `ulimit -f`",
+            next_step="choose a folder on another disk with --output-dir, or raise the limit, then run again",
+        )
+    if code in _FORBIDDEN:
+        return EnvironmentProblem(
+            f"{path} can't be written: {reason}",
+            expected="a folder that you may write to",
+            next_step="choose another folder with --output-dir, or change the folder's permissions",
+        )
+    if code in _NO_FOLDER:
+        blocking = existing_parent(path)
+        return EnvironmentProblem(
+            f"{path} can't be made: {blocking} is {'a file' if blocking.is_file() else 'in the way'}",
+            expected="a folder, or a path where nothing is yet",
+            next_step="choose another folder with --output-dir, or move what is in the way",
+        )
+    if code == errno.ENAMETOOLONG:
+        return EnvironmentProblem(
+            f"{path} can't be made: {reason}",
+            expected="a name that the file system takes (255 bytes mostly)",
+            next_step="choose a shorter name with --output-dir or --run-folder",
+        )
+    return None
+
+
+def _code_of(error: SafetensorError) -> int | None:
+    match = _CODE_OF_SAFETENSORS.search(str(error))
+    return int(match[1]) if match else None
 
 
 def existing_parent(path: Path) -> Path:
@@ -68,18 +109,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path`: the old content or the new one is there, never half of it."""
-    with explained_write_errors(path):
+    with explained_write_errors(path), contextlib.ExitStack() as on_failure:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _partial_name(path)
-        try:
-            with temporary.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        on_failure.callback(temporary.unlink, missing_ok=True)
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        on_failure.pop_all()
         fsync_path(path.parent)
 
 
@@ -92,21 +131,22 @@ def write_json(path: Path, value: Any) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path` that becomes `path` when the block ends well, and vanishes otherwise.
 
-    Every file is synced to disk before the one rename that makes the folder appear.
+    Every file is synced to disk before the one rename that makes the folder appear; a folder that was there before is
+    moved aside for it and deleted last.
     """
-    with explained_write_errors(path):
+    with explained_write_errors(path), contextlib.ExitStack() as on_failure:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _partial_name(path)
+        temporary, replaced = _partial_name(path), _partial_name(path)
         temporary.mkdir()
-        try:
-            yield temporary
-            for item in sorted(temporary.rglob("*")):
-                fsync_path(item)
-            fsync_path(temporary)
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        on_failure.callback(shutil.rmtree, temporary, ignore_errors=True)
+        yield temporary
+        for item in sorted(temporary.rglob("*")):
+            fsync_path(item)
+        fsync_path(temporary)
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(temporary, path)
+        on_failure.pop_all()
         fsync_path(path.parent)
+        if replaced.exists():
+            shutil.rmtree(replaced)

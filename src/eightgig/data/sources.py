@@ -62,13 +62,19 @@ def load_samples(path: Path, image_root: Path | None, quarantine: Quarantine) ->
     No image is opened here. Records that can't be used go to `quarantine`.
 
     Raises:
-        DataError: there is no such path, nothing in it, a file that can't be read, or a file of no known shape.
+        DataError: there is no such path or image root, nothing in it, a file can't be read or has no known shape.
     """
     if not path.exists():
         raise DataError(
             f"{path} does not exist{_nearest(path)}",
             expected="a .json or .jsonl file, or a folder of data files or captioned images",
             next_step="check the path; `data.data_path` is taken from the folder you are in",
+        )
+    if image_root is not None and not image_root.is_dir():
+        raise DataError(
+            f"there is no folder {image_root}",
+            expected="the folder that relative image paths start from, as data.image_root",
+            next_step="correct --image-root, or leave it out where the images lie beside the data file",
         )
     num_before = len(quarantine)
     reader = _Reader(image_root, quarantine)
@@ -140,7 +146,9 @@ class _Reader:
         num_bad = len(self._quarantine) - num_bad_before
         if num_images == num_bad:
             raise DataError(
-                f"{folder} holds {num_images} images and no caption for any of them, and no data file",
+                f"{folder} holds {num_images} images and no caption for any of them, and no data file"
+                if num_images
+                else f"{folder} holds neither data files nor images",
                 expected=f"images with .txt files of the same name, or {' or '.join(METADATA_NAMES)}, or .json/.jsonl",
                 next_step="add the captions, or give the path of the data file itself",
             )

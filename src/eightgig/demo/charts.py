@@ -25,9 +25,7 @@ UNIT_PX = 5
 _LABEL_EVERY = 5
 _MIN_BARS, _MAX_BARS = 4, 6
 
-Split = Literal["train", "validation", "test"]
-# Tenths of all value tuples that belong to validation and to test; training has the other eight.
-_SPLIT_OF_TENTH: dict[int, Split] = {0: "test", 1: "validation"}
+Split = Literal["train", "test"]
 
 
 @dataclass(frozen=True)
@@ -55,16 +53,14 @@ class Chart:
     def split(self) -> Split:
         """The split that the bars' values belong to: no two splits ever share a tuple of values."""
         values = " ".join(str(bar.value) for bar in self.bars)
-        tenth = hashlib.sha256(values.encode()).digest()[0] % 10
-        return _SPLIT_OF_TENTH.get(tenth, "train")
+        return "test" if hashlib.sha256(values.encode()).digest()[0] % 10 == 0 else "train"
 
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """The three JSONL files of the task; their pictures lie beside them in `images/`."""
+    """The two JSONL files of the task; their pictures lie beside them in `images/`."""
 
     train_jsonl: Path
-    validation_jsonl: Path
     test_jsonl: Path
 
 
@@ -135,16 +131,15 @@ def write_task(
     *,
     seed: int,
     num_train_images: int,
-    num_validation_images: int,
-    num_test_images: int = 200,
+    num_test_images: int,
 ) -> TaskFiles:
     """Writes the task to `folder` as PNG files and JSONL in the LLaVA shape, and returns the paths of the JSONL files.
 
-    A training picture comes with a question on each of its bars, as turns of one conversation; a validation or test
+    A training picture comes with a question on each of its bars, as turns of one conversation; a test
     picture with one question. The same seed writes the same files.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    sizes: dict[Split, int] = {"train": num_train_images, "validation": num_validation_images, "test": num_test_images}
+    sizes: dict[Split, int] = {"train": num_train_images, "test": num_test_images}
     paths = {split: folder / f"{split}.jsonl" for split in sizes}
     for split, num_images in sizes.items():
         with paths[split].open("w", encoding="utf-8", newline="\n") as lines:
@@ -152,7 +147,7 @@ def write_task(
                 name = f"{split}-{index:05d}"
                 draw_chart(chart).save(folder / "images" / f"{name}.png")
                 lines.write(json.dumps(_record(name, chart, one_question=split != "train")) + "\n")
-    return TaskFiles(paths["train"], paths["validation"], paths["test"])
+    return TaskFiles(paths["train"], paths["test"])
 
 
 def _record(name: str, chart: Chart, *, one_question: bool) -> dict[str, object]:

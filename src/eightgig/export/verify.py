@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 # this leaves room for other kernels' rounding (2^-8 for bf16 and 2^-11 for fp16 a step, over some tens of layers).
 TOLERANCES = {MixedPrecision.FP32: 1e-4, MixedPrecision.FP16: 5e-3, MixedPrecision.BF16: 2e-2}
 
+OFFLINE = {"HF_HUB_OFFLINE": "1"}  # the base model was loaded just now: no outage may spoil the proof, no update either
 TIMEOUT_S = 3600.0  # reading a 13B checkpoint from a slow disk takes many minutes
 NUM_LAST_LINES = 12
 
@@ -119,7 +121,9 @@ def verify_in_fresh_process(plan: ReloadPlan, reference: Path, *, timeout_s: flo
         plan_path.write_text(json.dumps(dataclasses.asdict(plan)), encoding="utf-8")
         command = [sys.executable, "-m", "eightgig.export.reload", str(plan_path), str(reference), str(result_path)]
         try:
-            finished = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+            finished = subprocess.run(
+                command, capture_output=True, text=True, timeout=timeout_s, check=False, env=os.environ | OFFLINE
+            )
         except subprocess.TimeoutExpired as error:
             raise _failed(plan, f"did not end within {timeout_s:g} s", str(error.stderr or "")) from error
         if finished.returncode != 0:

@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from eightgig.config import MixedPrecision, TrainingMethod
 from eightgig.core.errors import CheckpointError, DoesNotFit, UnsupportedModel
+from eightgig.core.logging import get_logger
 from eightgig.models.fp32_islands import run_in_fp32
 from eightgig.models.precision import Precision
 from eightgig.models.quantization import disable_cpu_repacking, quantization_config
 from eightgig.models.random_weights import build_random
 from eightgig.models.receipt import Receipt, make_receipt
-from eightgig.registry.hub import explained_hub_errors
+from eightgig.registry.hub import explained_hub_errors, must_use_cache
 
 if TYPE_CHECKING:
     from eightgig.config import TrainingConfig
     from eightgig.registry import ModelSpec
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")
+JSON_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 MAX_NAMED_KEYS = 3
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -112,7 +124,7 @@ def load_processor(config: TrainingConfig, spec: ModelSpec) -> Any:
     if spec.facts.folder is not None:
         _check_processor_files(spec.facts.folder, spec.family.processor_files)
     with explained_hub_errors(spec.location, config.model.revision):
-        return spec.family.load_processor(spec.location, **_revision(config, spec))
+        return spec.family.load_processor(spec.location, **_hub_arguments(config, spec))
 
 
 def without_graph_when_frozen(module: nn.Module) -> None:
@@ -136,13 +148,17 @@ def _from_pretrained(
 ) -> Any:
     if spec.facts.folder is not None:
         _check_weights_exist(spec.facts.folder)
+    hub_arguments = _hub_arguments(config, spec)
     model, loading = spec.family.load_model(
         spec.location,
         dtype=dtype,
         device_map={"": device},
         attn_implementation="sdpa",
         quantization_config=quantization,
-        **_revision(config, spec),
+        ignore_mismatched_sizes=True,  # they are refused below, with their names
+        **hub_arguments,
+        # transformers also looks for an adapter among the model's files, with arguments of its own.
+        adapter_kwargs=hub_arguments,
     )
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers would go on with random values in their place
@@ -151,12 +167,23 @@ def _from_pretrained(
             expected=f"every weight of {type(model).__name__}",
             next_step="copy or download the model again; a shard may be missing, or the folder is of another model",
         )
+    for name, shape, expected in sorted(loading["mismatched_keys"]):
+        raise _other_shapes(spec, f"{name} has the shape {tuple(shape)}, not {tuple(expected)}")
+    _check_4bit_shapes(model, spec)
+    unused = sorted(loading["unexpected_keys"])
+    if unused:
+        named = ", ".join(unused[:MAX_NAMED_KEYS])
+        logger.warning("%d weights of %s have no place in the model: %s", len(unused), spec.location, named)
     return model
 
 
-def _revision(config: TrainingConfig, spec: ModelSpec) -> dict[str, str]:
-    is_remote = spec.facts.folder is None and config.model.revision is not None
-    return {"revision": str(config.model.revision)} if is_remote else {}
+def _hub_arguments(config: TrainingConfig, spec: ModelSpec) -> dict[str, Any]:
+    """What `from_pretrained` is told about a model of the hub; nothing for a local folder."""
+    if spec.facts.folder is not None:
+        return {}
+    revision = config.model.revision
+    arguments: dict[str, Any] = {"local_files_only": must_use_cache(spec.location, revision)}
+    return arguments if revision is None else arguments | {"revision": revision}
 
 
 def _check_weights_exist(folder: Path) -> None:
@@ -169,11 +196,34 @@ def _check_weights_exist(folder: Path) -> None:
     )
 
 
+def _check_4bit_shapes(model: nn.Module, spec: ModelSpec) -> None:
+    """Raise UnsupportedModel where a 4-bit weight has not its layer's shape: transformers checks only the others."""
+    for path, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit) and module.weight.quant_state is not None:
+            shape, expected = tuple(module.weight.quant_state.shape), (module.out_features, module.in_features)
+            if shape != expected:
+                raise _other_shapes(spec, f"{path}.weight has the shape {shape}, not {expected}")
+
+
+def _other_shapes(spec: ModelSpec, what: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"the weights of {spec.location} do not fit its config.json: {what}",
+        expected="weights and config.json of the same model",
+        next_step="copy or download the model's files again, all from one place",
+    )
+
+
 @contextlib.contextmanager
 def _explained_load_errors(config: TrainingConfig, spec: ModelSpec, device: torch.device) -> Iterator[None]:
     try:
         with explained_hub_errors(spec.location, config.model.revision):
             yield
+    except FileNotFoundError as error:
+        raise UnsupportedModel(
+            f"{spec.location} is not complete: {error}",
+            expected="every file that its index (model.safetensors.index.json) names",
+            next_step="copy or download the model again; a shard is missing",
+        ) from error
     except SafetensorError as error:
         raise CheckpointError(
             f"a weights file of {spec.location} is damaged: {error}",
@@ -199,6 +249,21 @@ def _check_processor_files(folder: Path, needed: Mapping[str, tuple[str, ...]]) 
                 expected="the processor's files beside the weights, as save_pretrained or `hf download` writes them",
                 next_step="copy them from the model's own repository into the folder",
             )
+    for name in JSON_FILES:
+        _check_json(folder / name)
+
+
+def _check_json(path: Path) -> None:
+    """Raise CheckpointError where `path` is there and no JSON; the libraries that read it tell this in many ways."""
+    try:
+        if path.is_file() and not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
+        raise CheckpointError(
+            f"{path} is damaged: {error}",
+            expected="complete JSON, as save_pretrained or `hf download` writes it",
+            next_step="copy the file again from the model's own repository",
+        ) from error
 
 
 def _freeze(model: Any, spec: ModelSpec, method: TrainingMethod) -> None:

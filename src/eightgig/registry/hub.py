@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 PUBLIC_HUB = "https://huggingface.co"
+CONFIG = "config.json"
+ANSWER_TIMEOUT_S = 5.0
+HTTP_NOT_FOUND = 404
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -35,9 +38,58 @@ def read_config(hub_id: str, revision: str | None) -> dict[str, Any]:
     import huggingface_hub
 
     with explained_hub_errors(hub_id, revision):
-        path = huggingface_hub.hf_hub_download(hub_id, "config.json", revision=revision)
-    config: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        only_cache = must_use_cache(hub_id, revision)
+        path = huggingface_hub.hf_hub_download(hub_id, CONFIG, revision=revision, local_files_only=only_cache)
+    try:
+        config: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
+        raise UnsupportedModel(
+            f"the {CONFIG} of {hub_id} is not JSON: {error}",
+            expected="the config.json that transformers' save_pretrained writes",
+            next_step=f"delete {path} and run again, so that it is downloaded anew",
+        ) from error
     return config
+
+
+def must_use_cache(hub_id: str, revision: str | None) -> bool:
+    """Whether the model must be taken from the local cache: offline mode, or the hub can't be reached but it is there.
+
+    The clients retry each of a model's files for up to a minute. One request without retries tells in seconds, and
+    also tells whether the model is there and handed out. HF_HUB_ETAG_TIMEOUT, where set, says how long it may take.
+
+    Raises:
+        EnvironmentProblem: it is not in the cache, and the hub can't be reached or does not hand it out.
+        UnsupportedModel: it is not in the cache, and there is no such model or revision, or it has no config.
+    """
+    import huggingface_hub
+
+    if _is_offline():
+        return True
+    with explained_hub_errors(hub_id, revision):
+        url = huggingface_hub.hf_hub_url(hub_id, CONFIG, revision=revision)
+        try:
+            huggingface_hub.get_hf_file_metadata(url, timeout=_timeout_s())
+        except (OSError, _http_error()):
+            # What was handed out before may be used, whatever the hub says now; so does its own client.
+            if isinstance(huggingface_hub.try_to_load_from_cache(hub_id, CONFIG, revision=revision), str):
+                return True
+            raise
+    return False
+
+
+def _timeout_s() -> float:
+    """How long the hub may take to answer before it counts as out of reach."""
+    from huggingface_hub import constants
+
+    is_set = "HF_HUB_ETAG_TIMEOUT" in os.environ
+    return float(constants.HF_HUB_ETAG_TIMEOUT) if is_set else ANSWER_TIMEOUT_S
+
+
+def _http_error() -> type[Exception]:
+    """The ancestor of all errors of the HTTP client: httpx's before version 2 of huggingface_hub, httpx2's now."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
 
 @contextlib.contextmanager
@@ -46,13 +98,11 @@ def explained_hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
 
     transformers wraps the client's errors in OSError, so the chain of causes is searched.
     """
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
-    # The client moved from httpx to httpx2 in its version 2: the right one is the ancestor of its own error.
-    http_error: type[Exception] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
     try:
         yield
-    except (OSError, HFValidationError, http_error) as error:
+    except (OSError, HFValidationError, _http_error()) as error:
         explained = explain(error, hub_id, revision)
         if explained is None:
             raise
@@ -188,13 +238,15 @@ def _no_network(hub_id: str) -> EnvironmentProblem:
     )
 
 
-def _http_problem(hub_id: str, status: int, message: str) -> EnvironmentProblem:
+def _http_problem(hub_id: str, status: int, message: str) -> EightGigError:
     if status in (401, 403):
         return EnvironmentProblem(
             f"{endpoint()} refuses {hub_id} with status {status}: {message}",
             expected="a token that may read the model",
             next_step=LOGIN,
         )
+    if status == HTTP_NOT_FOUND:  # without the hub's own header that says what is missing: a mirror, or no hub at all
+        return _not_found(hub_id, status)
     return EnvironmentProblem(
         f"{endpoint()} answered {status} when asked for {hub_id}: {message}",
         expected="status 200",

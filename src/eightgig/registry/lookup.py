@@ -16,20 +16,18 @@ from eightgig.registry.discovery import families
 from eightgig.registry.facts import ModelFacts
 from eightgig.registry.family import ModelSpec
 
-# Ships inside the package. Its facts are read off its config.json, which is there only once the model was trained.
+# Ships inside the package, trained by `benchmarks/demo_model`. Its facts are read off its config.json.
+PACKAGED_LICENCE = "Apache-2.0"
+PACKAGED_LICENCE_URL = "https://www.apache.org/licenses/LICENSE-2.0"
 PACKAGED_MODELS = {"eightgig-demo": Path(eightgig.__file__).parent / "demo" / "model"}
-
-OWN_LICENCE = "Apache-2.0"  # of the packaged model: its weights were trained here
-OWN_LICENCE_URL = "https://www.apache.org/licenses/LICENSE-2.0"
 
 ADAPTER_CONFIG = "adapter_config.json"
 
 
 def all_specs() -> tuple[ModelSpec, ...]:
-    """Every model known by name, in the order of the families; packaged ones that are not built yet are left out."""
+    """Every model known by name, in the order of the families, then those that ship inside the package."""
     specs = [ModelSpec(family, facts) for family in families() for facts in family.models]
-    packaged = [_packaged(name) for name, folder in PACKAGED_MODELS.items() if (folder / "config.json").is_file()]
-    return (*specs, *packaged)
+    return (*specs, *map(_packaged_spec, PACKAGED_MODELS))
 
 
 def get(name: str) -> ModelSpec:
@@ -40,7 +38,7 @@ def get(name: str) -> ModelSpec:
     """
     wanted = name.strip().lower()
     if wanted in PACKAGED_MODELS:
-        return _packaged(wanted)
+        return _packaged_spec(wanted)
     for family in families():
         for facts in family.models:
             if wanted == facts.name or wanted in facts.aliases:
@@ -80,11 +78,6 @@ def resolve(reference: str, revision: str | None = None) -> ModelSpec:
     )
 
 
-def _packaged(name: str) -> ModelSpec:
-    spec = _spec_of_folder(PACKAGED_MODELS[name], name=name)
-    return replace(spec, facts=replace(spec.facts, licence=OWN_LICENCE, licence_url=OWN_LICENCE_URL))
-
-
 def _known_names() -> Iterable[str]:
     yield from PACKAGED_MODELS
     for family in families():
@@ -108,15 +101,22 @@ def _unknown(name: str, found: str) -> UnsupportedModel:
     )
 
 
+def _packaged_spec(name: str) -> ModelSpec:
+    spec = _spec_of_folder(PACKAGED_MODELS[name], name=name)
+    return replace(spec, facts=replace(spec.facts, licence=PACKAGED_LICENCE, licence_url=PACKAGED_LICENCE_URL))
+
+
 def _spec_of_folder(folder: Path, *, name: str) -> ModelSpec:
     path = folder / "config.json"
     if not path.is_file():
         raise _no_config(folder)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        if not isinstance(config, dict):
+            raise ValueError(f"a {type(config).__name__}, not an object")
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
         raise UnsupportedModel(
-            f"{path} is not JSON: {error}",
+            f"{path} is not JSON of a model: {error}",
             expected="the config.json that transformers' save_pretrained writes",
             next_step="copy the model's folder again; the file is damaged",
         ) from error
@@ -147,5 +147,14 @@ def _spec_of_config(
     if family is None:
         known = sorted(model_type for family in families() for model_type in family.model_types)
         family = derived.derive_family(config, location=str(folder or hub_id), source=source, known_types=known)
-    facts: ModelFacts = family.facts_from_config(config, name=name, folder=folder, hub_id=hub_id)
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        facts: ModelFacts = family.facts_from_config(config, name=name, folder=folder, hub_id=hub_id)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UnsupportedModel(
+            f"{source} can't be read as that of a {family.name} model: {' '.join(str(error).split())[:200]}",
+            expected="the config.json that transformers' save_pretrained writes",
+            next_step="copy the model again; the file was changed, or is of a version that transformers can't read",
+        ) from error
     return ModelSpec(family, facts)

@@ -14,18 +14,29 @@ from eightgig.core.files import explained_write_errors, write_json, write_text
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of `path`; a last line that a crash cut short is left out."""
+    """The records of `path`; a last line that a crash cut short is left out.
+
+    Raises:
+        CheckpointError: a line before the last is damaged.
+    """
     if not path.is_file():
         return []
     records: list[dict[str, Any]] = []
-    # Not splitlines: a generated answer may hold one of the other characters that it takes for line ends.
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
-    for number, line in enumerate(lines):
+    # Not splitlines: a generated answer may hold one of the other characters that it takes for line ends. And a crash
+    # may have cut a letter of several bytes in two, which no strict decoder would take.
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    last = max((number for number, line in enumerate(lines, start=1) if line), default=0)
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number != len(lines) - 1:
-                raise
+            if line:
+                records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number != last:
+                raise CheckpointError(
+                    f"{path} is damaged: line {number} is no JSON ({error.msg})",
+                    expected="one JSON record a line, as the run wrote them",
+                    next_step=f"delete line {number}, or put the file back from a copy",
+                ) from error
     return records
 
 
@@ -99,20 +110,20 @@ class RunFolder:
     def create(cls, wanted: Path | None, *, output_dir: Path, model_name: str) -> RunFolder:
         """A new, empty run folder: `wanted`, or one named by model and time below `output_dir`.
 
+        A `wanted` folder whose run ended before its first step (a wrong path, a dry run) is taken anew.
+
         Raises:
-            EnvironmentProblem: `wanted` exists and holds something, or can't be made.
+            EnvironmentProblem: `wanted` exists and holds something else, or can't be made.
         """
         stem = f"{Path(model_name).name}-{datetime.now():%Y%m%d-%H%M%S}"
-        path = wanted if wanted is not None else _first_free(output_dir, stem)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise EnvironmentProblem(
-                f"the run folder {path} exists already and is not empty",
-                expected="a folder that does not exist yet, so that no run overwrites another",
-                next_step=f"choose another --run-folder, or continue that run with `eightgig train --resume {path}`",
-            )
-        with explained_write_errors(path):
+        with explained_write_errors(wanted or output_dir):
+            path = wanted if wanted is not None else _first_free(output_dir, stem)
+            run = cls(path)
+            was_removed = run.remove_if_never_begun()
+            if not was_removed and path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise _taken(run)
             path.mkdir(parents=True, exist_ok=True)
-        return cls(path)
+        return run
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -122,17 +133,56 @@ class RunFolder:
             CheckpointError: there is no run.
         """
         run = cls(path)
-        if not run.config.is_file():
+        missing = next((file for file in (run.config, run.facts) if not file.is_file()), None)
+        if missing is not None:
             raise CheckpointError(
-                f"{path} holds no run ({run.config.name} is missing)",
+                f"{path} holds no run ({missing.name} is missing)" if path.exists() else f"there is no folder {path}",
                 expected="a folder that `eightgig train` made",
                 next_step="give the folder that the run printed at its start",
             )
         return run
 
+    @property
+    def is_run(self) -> bool:
+        """Whether a run was started here."""
+        return self.config.is_file() and self.facts.is_file()
+
+    @property
+    def has_quarantined(self) -> bool:
+        """Whether samples were set aside, which the user will want to see."""
+        return self.quarantine.is_file() and self.quarantine.stat().st_size > 0
+
+    def remove_if_never_begun(self) -> bool:
+        """Delete what a run left that ended before its first step: one with neither numbers nor checkpoints.
+
+        A run that is running is left alone, and so are files that are not a run's own. Returns whether it was deleted.
+        """
+        has_results = any(path.exists() for path in (self.metrics, self.generations, self.checkpoints))
+        if not self.is_run or has_results or self.read_facts().get("status") == "running":
+            return False
+        for file in (self.config, self.sources, self.receipt, self.data, self.quarantine, self.facts):
+            file.unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+        return True
+
     def read_facts(self) -> dict[str, Any]:
-        """The content of run.json, empty before it is written."""
-        return json.loads(self.facts.read_text(encoding="utf-8")) if self.facts.is_file() else {}
+        """The content of run.json, empty before it is written.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        if not self.facts.is_file():
+            return {}
+        try:
+            facts: dict[str, Any] = json.loads(self.facts.read_text(encoding="utf-8"))
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
+            raise CheckpointError(
+                f"{self.facts} is damaged: {error}",
+                expected="the JSON that the run wrote",
+                next_step="put the file back from a copy, or train again into a new folder",
+            ) from error
+        return facts
 
     def update_facts(self, **facts: Any) -> None:
         """Set some keys of run.json and keep the others."""
@@ -148,6 +198,18 @@ class RunFolder:
         for path in (self.metrics, self.generations):
             kept = [record for record in read_jsonl(path) if record["step"] <= step]
             write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+
+
+def _taken(run: RunFolder) -> EnvironmentProblem:
+    """The error of a wanted run folder that holds something."""
+    other = f", or continue that run with `eightgig train --resume {run.path}`" if run.is_run else ""
+    return EnvironmentProblem(
+        f"the run folder {run.path} exists already and is not empty"
+        if run.path.is_dir()
+        else f"{run.path} is a file, not a folder",
+        expected="a folder that does not exist yet, so that no run overwrites another",
+        next_step=f"choose another --run-folder{other}",
+    )
 
 
 def _first_free(output_dir: Path, stem: str) -> Path:

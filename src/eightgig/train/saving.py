@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from eightgig.checkpoint.retention import newest_sound_checkpoint, prune, record_best
+from eightgig.checkpoint.retention import prune, record_best
 from eightgig.checkpoint.store import read_checkpoint, write_checkpoint
-from eightgig.train.events import TrainingListener
 from eightgig.train.journal import Journal
 from eightgig.train.run import Run
 from eightgig.train.run_folder import RunFolder
@@ -53,17 +52,14 @@ class Saver:
         }
 
 
-def resume_from_checkpoint(
-    run: Run, folder: RunFolder, fingerprint: Mapping[str, str], listener: TrainingListener
-) -> int:
-    """Put `run` where its newest sound checkpoint left it; returns the steps done.
+def resume_from_checkpoint(run: Run, path: Path, fingerprint: Mapping[str, str]) -> int:
+    """Put `run` where the checkpoint at `path` left it; returns the steps done.
 
     Neither the order of the data nor the random number generators are restored: both are functions of the step.
 
     Raises:
-        CheckpointError: there is no usable checkpoint, or the config, data or trainable weights differ.
+        CheckpointError: the config, data or trainable weights differ.
     """
-    path: Path = newest_sound_checkpoint(folder.checkpoints, listener.on_message)
     checkpoint = read_checkpoint(path, run.model, fingerprint=fingerprint)
     step = run.step
     step.optimizer.load_state_dict(checkpoint.state["optimizer"])
