@@ -1,4 +1,4 @@
-"""fp32 inside an fp16 model: what would overflow does not, at the borders all is fp16, 4-bit weights stay as they are."""
+"""fp32 inside an fp16 model: what would overflow does not, the borders are fp16, 4-bit weights stay as they are."""
 
 from __future__ import annotations
 
