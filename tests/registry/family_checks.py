@@ -134,7 +134,9 @@ def check_labels(case: Case) -> None:
 def check_inputs(case: Case) -> None:
     """A prompt with two images comes to the inputs that the processor's own call makes of the rendered conversation.
 
-    A start token that both the template and the tokenizer write stands twice there, and once in ours.
+    The processor gets the images as `apply_chat_template` hands them to it, one list a conversation: some treat several
+    images of one conversation unlike a single one. A start token that both the template and the tokenizer write stands
+    twice there, and once in ours.
     """
     if not case.tiny.processor_call:
         pytest.skip("the processor has no call of this kind")
@@ -151,7 +153,7 @@ def check_inputs(case: Case) -> None:
         tokenize=False,
         **family.template_arguments,
     )
-    own = processor(images=[Image.open(path) for path in paths], text=[text], return_tensors="pt")
+    own = processor(images=[[Image.open(path) for path in paths]], text=[text], return_tensors="pt")
     assert own.keys() == ours.keys()
     length = ours["input_ids"].shape[1]
     num_starts = own["input_ids"].shape[1] - length
@@ -401,17 +403,17 @@ def _check_greedy(trained: Trained, model: Any, batch: MicroBatch) -> Tensor:
             logits = family.logits(model, family.hidden_states(model, inputs)[:, -1])
             first_logits = logits if first_logits is None else first_logits
             assert int(logits.argmax()) == token
-            inputs |= _longer(inputs, token, trained)
+            inputs |= _longer(inputs, token, trained, num_prompt_tokens=batch.num_tokens)
             if token in ends:
                 break
     assert first_logits is not None
     return first_logits
 
 
-def _longer(inputs: dict[str, Tensor], token: int, trained: Trained) -> dict[str, Tensor]:
-    """The inputs that follow from the sequence: with one more token."""
+def _longer(inputs: dict[str, Tensor], token: int, trained: Trained, *, num_prompt_tokens: int) -> dict[str, Tensor]:
+    """The inputs that follow from the sequence: with one more token of the answer."""
     input_ids = torch.cat([inputs["input_ids"], torch.tensor([[token]])], dim=1)
-    is_answer = torch.zeros_like(input_ids[0]).bool()
+    is_answer = torch.arange(input_ids.shape[1]) >= num_prompt_tokens
     extra = trained.loaded.spec.family.token_inputs(trained.loaded.processor, input_ids[0], is_answer, inputs)
     return {
         "input_ids": input_ids,
