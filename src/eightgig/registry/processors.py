@@ -9,16 +9,20 @@ KEPT_PARTS = ("image_processor", "tokenizer")
 
 
 @functools.cache
-def image_text_processor(class_name: str) -> Any:
+def image_text_processor(class_name: str, *, code_of: str | None = None) -> Any:
     """The transformers processor class `class_name`, holding an image processor and a tokenizer alone.
 
     Its `from_pretrained` reads folders that were saved with more parts and leaves those alone; what it saves carries
     the original class's name, so that plain transformers reads it. It works without torchvision.
+
+    Args:
+        class_name: the class that the model's processor was saved as.
+        code_of: a class that treats images and texts alike, for where `class_name` itself wants packages for video.
     """
     import transformers
     from transformers.processing_utils import ProcessorMixin
 
-    original = getattr(transformers, class_name)
+    original = getattr(transformers, code_of or class_name)
     parts = original.get_attributes()
 
     class WithoutAbsentParts(ProcessorMixin):  # type: ignore[misc]
@@ -38,7 +42,7 @@ def image_text_processor(class_name: str) -> Any:
         return [loaded.get(name) for name in parts]
 
     def __reduce__(self: Any) -> Any:
-        return _empty, (class_name,), self.__dict__
+        return _empty, (class_name, code_of), self.__dict__
 
     created: Any = type(
         class_name,
@@ -53,6 +57,6 @@ def image_text_processor(class_name: str) -> Any:
     return created
 
 
-def _empty(class_name: str) -> Any:
-    processor_class = image_text_processor(class_name)
+def _empty(class_name: str, code_of: str | None) -> Any:
+    processor_class = image_text_processor(class_name, code_of=code_of)
     return processor_class.__new__(processor_class)
