@@ -187,15 +187,19 @@ def _model_rows() -> list[list[str]]:
     rows = [["model", "weights from", "licence", "parameters", "image size", "image tokens"]]
     for spec in registry.all_specs():
         facts = spec.facts
-        num_image_tokens = spec.family.num_image_tokens(facts, None, width_px=facts.image_px, height_px=facts.image_px)
+        full_px, half_px = facts.image_px, facts.image_px // 2
+        num_image_tokens, num_at_half = (
+            spec.family.num_image_tokens(facts, None, width_px=px, height_px=px) for px in (full_px, half_px)
+        )
+        upper_bound = "" if num_at_half == num_image_tokens else "≤ "  # images of any size, up to this area
         rows.append(
             [
                 f"`{facts.name}`",
                 "in the package" if facts.hub_id is None else f"`{facts.hub_id}`",
                 f"`{facts.licence}`",
                 format_count(facts.num_parameters or _count_parameters(Path(spec.location))),
-                f"{facts.image_px} px",
-                str(num_image_tokens),
+                f"{upper_bound}{full_px} px",
+                f"{upper_bound}{num_image_tokens}",
             ]
         )
     return rows
@@ -212,7 +216,7 @@ def _count_parameters(folder: Path) -> int:
 
 def _translated(cell: str) -> str:
     """`cell` in Chinese; code, numbers and dates stay."""
-    return cell if re.fullmatch(r"`[^`]*`|[\d–].*", cell) else CHINESE[cell]
+    return cell if re.fullmatch(r"`[^`]*`|[\d–≤].*", cell) else CHINESE[cell]
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -143,7 +143,7 @@ MODELS = {
     unknown_name: (5, ["no model is called 'llava-1.5-7'", "a hub id like", "did you mean llava-1.5-7b"]),
     folder_without_config: (5, ["m has no config.json (it holds README.md)", "give the folder that"]),
     adapter_folder: (5, ["m holds an adapter, not a model", "llava-1.5-7b", "give the base model here"]),
-    other_architecture: (5, ["config.json says model_type 'blip-9'", "one of: llava", "supported family"]),
+    other_architecture: (5, ["config.json says model_type 'blip-9'", "one of: ", "llava", "supported family"]),
     cut_off_config: (5, ["config.json is not JSON", "copy the model's folder again"]),
     config_of_something_else: (5, ["config.json is not JSON of a model: a list", "copy the model's folder again"]),
     a_file: (5, ["m.safetensors is a file", "give the folder that holds the file"]),

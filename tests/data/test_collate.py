@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from eightgig.data.batch import IGNORE_INDEX, EncodedSample
 from eightgig.data.collate import collate
+from eightgig.registry import ImageLayout
 
 PAD = 0
 
@@ -69,3 +73,32 @@ def test_any_batch_keeps_every_row(rows: list[list[tuple[int, bool]]]) -> None:
         assert (batch.model_inputs["input_ids"][row, length:] == PAD).all()
     assert batch.num_target_tokens == sum(mark for row in rows for _, mark in row[1:])
     assert batch.num_tokens == sum(map(len, rows))
+
+
+def _with_pixels(sample: EncodedSample, *shape: int) -> EncodedSample:
+    return dataclasses.replace(sample, image_inputs={"pixel_values": torch.ones(shape)}, num_images=shape[0])
+
+
+def test_token_inputs_are_filled_up_with_zeros_in_every_dimension() -> None:
+    short = dataclasses.replace(encoded([5], [False]), token_inputs={"kinds": torch.tensor([1]), "m": torch.ones(1, 2)})
+    long = dataclasses.replace(
+        encoded([6, 7], [False, True]), token_inputs={"kinds": torch.tensor([1, 2]), "m": torch.ones(2, 1)}
+    )
+    batch = collate([short, long], PAD)
+    assert batch.model_inputs["kinds"].tolist() == [[1, 0], [1, 2]]
+    assert batch.model_inputs["m"].tolist() == [[[1, 1], [0, 0]], [[1, 0], [1, 0]]]
+
+
+def test_images_of_different_tilings_need_a_layout_that_says_so() -> None:
+    few, many = (_with_pixels(encoded([5, 6], [False, True]), 1, num_tiles, 2) for num_tiles in (1, 3))
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        collate([few, many], PAD)
+    pixels = collate([few, many], PAD, ImageLayout(padding={"pixel_values": -1.0})).model_inputs["pixel_values"]
+    assert pixels.tolist() == [[[1, 1], [-1, -1], [-1, -1]], [[1, 1], [1, 1], [1, 1]]]
+
+
+def test_where_rows_are_samples_one_without_an_image_gets_a_row() -> None:
+    layout = ImageLayout(padding={"pixel_values": 0.0}, rows_are_samples=True)
+    text, image = encoded([5, 6], [False, True]), _with_pixels(encoded([7, 8], [False, True]), 1, 2)
+    assert collate([text, image], PAD, layout).model_inputs["pixel_values"].tolist() == [[0, 0], [1, 1]]
+    assert "pixel_values" not in collate([text, text], PAD, layout).model_inputs

@@ -123,7 +123,7 @@ def test_a_failing_process_shows_its_last_lines(tmp_path: Path) -> None:
 
 
 def test_a_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = ReloadPlan("x", None, None, "saved", "float32", "cpu", None, None, None, 1e-4)
+    plan = ReloadPlan("x", None, None, "saved", "float32", "cpu", None, (), (), None, 1e-4)
     program = tmp_path / "sleeper"
     program.write_text("#!/bin/sh\nexec sleep 30\n")
     program.chmod(0o755)

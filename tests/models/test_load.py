@@ -11,6 +11,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForImageTextToText
 
 import tiny
 import tiny_training
@@ -194,7 +195,7 @@ def test_a_full_gpu_is_explained(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     def from_pretrained(*args: Any, **kwargs: Any) -> nn.Module:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(load.AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
     with pytest.raises(DoesNotFit, match=r"does not fit into the cap of 7\.25 GiB"):
         load_tiny(folder, tiny_config({"hardware": {"device": "auto", "cap_gib": 7.25}}))
 

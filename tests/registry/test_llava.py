@@ -38,7 +38,7 @@ def test_facts_agree_with_the_stock_class(name: str, num_parameters: int, langua
     assert sum(module.weight.numel() for module in matched.values()) == language_linears
     assert len(matched) == spec.facts.num_language_linears
     paths = spec.family.modules
-    for path in (paths.language_model, paths.vision_tower, paths.projector, paths.lm_head, *spec.family.keep_16bit):
+    for path in (paths.language_model, *paths.towers, *paths.projectors, paths.lm_head, *spec.family.keep_16bit):
         assert isinstance(model.get_submodule(path), nn.Module)
     assert len(spec.family.decoder_layers(model)) * 7 == len(matched)
 

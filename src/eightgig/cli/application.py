@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from eightgig import __version__
-from eightgig.cli import config, demo, inspect, predict, report, train
+from eightgig.cli import config, demo, inspect, models, predict, report, train
 from eightgig.cli.examples import examples
 from eightgig.cli.session import session_of, start_logging
 
@@ -47,4 +47,5 @@ app.command("predict", epilog=predict.EXAMPLES)(predict.predict)
 app.command("report", epilog=report.EXAMPLES)(report.report)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
+app.add_typer(models.app, name="models")
 app.add_typer(config.app, name="config")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class EncodedSample:
         labels: int64 [sequence], IGNORE_INDEX where no loss is taken; same positions as `input_ids` (not shifted).
         image_inputs: what the image processor gives for all images of the sample, e.g. pixel_values [images, 3, H, W].
         sample_id: the sample's name in messages and records.
+        token_inputs: more inputs with one entry a token, each [sequence, ...], e.g. mm_token_type_ids.
         num_cut_prompt_tokens: text tokens cut off the prompt to keep `max_length`.
         num_cut_answer_tokens: supervised tokens cut because the answers alone were longer than `max_length`.
     """
@@ -31,6 +32,7 @@ class EncodedSample:
     num_images: int
     num_cut_prompt_tokens: int = 0
     num_cut_answer_tokens: int = 0
+    token_inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class MicroBatch:
     """What one forward pass takes, right-padded.
 
     Attributes:
-        model_inputs: input_ids and attention_mask (int64 [batch, sequence]) and the image inputs.
+        model_inputs: input_ids and attention_mask (int64 [batch, sequence]), the token inputs ([batch, sequence, ...])
+            and the image inputs.
         labels: int64 [batch, sequence], not shifted; IGNORE_INDEX on prompt, image and padding.
         num_target_tokens: label positions that count in the loss, after the shift by one.
         num_tokens: real (unpadded) tokens, image tokens among them.

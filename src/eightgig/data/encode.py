@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from eightgig.data.quarantine import ProblemCode, SampleProblem
 from eightgig.data.sample import Message, Sample, TextPart, images_of
 from eightgig.data.spans import Kind, Piece, chat_pieces, token_kinds
 from eightgig.data.truncate import Cut, cut_to_length
+from eightgig.registry.facts import ImageLayout
 from eightgig.registry.family import ModelFamily
 
 
@@ -68,13 +70,18 @@ class Encoder:
         self._family = family
         self._max_length = max_length
         self._tokenizer = processor.tokenizer
-        self._templated = _with_template(processor)
+        self._templated, self._chat_template = _with_template(processor, family)
         _check_tokenizer(self._tokenizer, family.end_of_turn)
         special_tokens = _special_tokens(self._tokenizer, family)
         self._special_pattern = re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))))
         # Rare characters may truly become the unknown token; every other special id in a user's text is a break-in.
         self._special_ids = np.array(sorted(set(special_tokens.values()) - {self._tokenizer.unk_token_id}))
         self._prefix_ids = _prefix_ids(self._tokenizer)
+
+    @property
+    def family(self) -> ModelFamily:
+        """The model's family."""
+        return self._family
 
     @property
     def tokenizer(self) -> Any:
@@ -86,6 +93,11 @@ class Encoder:
         """The ids that end an answer when generating: the family's end of turn, and the tokenizer's own end."""
         ids = (self._tokenizer.convert_tokens_to_ids(self._family.end_of_turn), self._tokenizer.eos_token_id)
         return list(dict.fromkeys(int(token_id) for token_id in ids if token_id is not None))
+
+    @property
+    def image_layout(self) -> ImageLayout:
+        """How the samples' image inputs become a batch."""
+        return self._family.image_layout
 
     @property
     def pad_token_id(self) -> int:
@@ -121,19 +133,22 @@ class Encoder:
         image_inputs: dict[str, Any] = {}
         replacements: Sequence[str] = []
         if images:
-            features = self._processor.image_processor(images=images, return_tensors="pt")
+            features = self._family.process_images(self._processor, images)
             replacements = self._family.expand_placeholders(self._processor, features, len(images))
             image_inputs = {name: value for name, value in features.items() if isinstance(value, torch.Tensor)}
+            image_inputs |= self._family.prompt_inputs(self._processor, _question(messages), len(images))
         text = self._encode_text(messages, replacements, supervise=supervise)
-        labels = np.where(text.cut.supervised, text.ids, IGNORE_INDEX)
+        input_ids = torch.from_numpy(text.ids[text.cut.keep])
+        is_answer = torch.from_numpy(text.cut.supervised[text.cut.keep])
         return EncodedSample(
-            input_ids=torch.from_numpy(text.ids[text.cut.keep]),
-            labels=torch.from_numpy(labels[text.cut.keep]),
+            input_ids=input_ids,
+            labels=torch.where(is_answer, input_ids, IGNORE_INDEX),
             image_inputs=image_inputs,
             sample_id=sample_id,
             num_images=len(images),
             num_cut_prompt_tokens=text.cut.num_prompt_tokens,
             num_cut_answer_tokens=text.cut.num_answer_tokens,
+            token_inputs=self._family.token_inputs(self._processor, input_ids, is_answer, image_inputs),
         )
 
     def _encode_text(self, messages: Sequence[Message], replacements: Sequence[str], *, supervise: bool) -> _Text:
@@ -168,7 +183,7 @@ class Encoder:
         kinds, answers = token_kinds(offsets, pieces)
         self._refuse_special_text(ids, kinds)
         bos = self._tokenizer.bos_token
-        if not (bos and text.startswith(bos)):  # else the template has written it
+        if not (bos and bos in text):  # else the template has written it: no user's text can
             num_prefix = len(self._prefix_ids)
             ids = np.concatenate([self._prefix_ids, ids])
             kinds = np.concatenate([np.full(num_prefix, int(Kind.MARKUP)), kinds])
@@ -199,7 +214,11 @@ class Encoder:
     def _render(self, conversation: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         try:
             rendered: str = self._templated.apply_chat_template(
-                conversation, add_generation_prompt=add_generation_prompt, tokenize=False
+                conversation,
+                chat_template=self._chat_template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **self._family.template_arguments,
             )
         except TemplateError as error:
             raise SampleProblem(
@@ -208,11 +227,22 @@ class Encoder:
         return rendered
 
 
-def _with_template(processor: Any) -> Any:
-    """The processor, or its tokenizer: whichever has the chat template. Raises UnsupportedModel."""
+def _question(messages: Sequence[Message]) -> str:
+    """The users' words before the first answer."""
+    before = itertools.takewhile(lambda message: message.role != "assistant", messages)
+    return "\n".join(message.text for message in before if message.role == "user")
+
+
+def _with_template(processor: Any, family: ModelFamily) -> tuple[Any, str | None]:
+    """The processor, or its tokenizer: whichever has the chat template; else the tokenizer, and the family's template.
+
+    Raises UnsupportedModel.
+    """
     for owner in (processor, processor.tokenizer):
         if getattr(owner, "chat_template", None):
-            return owner
+            return owner, None
+    if family.chat_template is not None:
+        return processor.tokenizer, family.chat_template
     raise UnsupportedModel(
         "the model's processor has no chat template",
         expected="a chat template in chat_template.jinja, processor_config.json or tokenizer_config.json",
@@ -240,7 +270,7 @@ def _check_tokenizer(tokenizer: Any, end_of_turn: str) -> None:
 def _special_tokens(tokenizer: Any, family: ModelFamily) -> dict[str, int]:
     """Text and id of every token that must never come out of a user's text."""
     added = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    named = (*tokenizer.all_special_tokens, family.image_placeholder, family.end_of_turn)
+    named = (*tokenizer.all_special_tokens, *family.reserved_texts, family.image_placeholder, family.end_of_turn)
     added.update((text, tokenizer.convert_tokens_to_ids(text)) for text in named)
     return {text: token_id for text, token_id in added.items() if len(text) > 1 and token_id is not None}
 

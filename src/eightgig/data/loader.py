@@ -19,6 +19,7 @@ from eightgig.data.encode import Encoder
 from eightgig.data.order import StepOrder
 from eightgig.data.quarantine import SampleProblem
 from eightgig.data.sample import Sample
+from eightgig.registry.facts import ImageLayout
 
 # How torch's DataLoader words it, by whether it finds the worker gone or its signal handler is told so.
 _WORKER_ENDED = re.compile(r"DataLoader worker .*(exited unexpectedly|killed by signal)")
@@ -98,7 +99,9 @@ class StepLoader:
         return DataLoader(
             _EncodedSamples(self._encoder),
             batch_sampler=_SampleLists(self),  # samples themselves, not indices: see the class's text
-            collate_fn=partial(_collate_or_failure, pad_token_id=self._encoder.pad_token_id),
+            collate_fn=partial(
+                _collate_or_failure, pad_token_id=self._encoder.pad_token_id, layout=self._encoder.image_layout
+            ),
             num_workers=num_workers,
             multiprocessing_context=_start_context(self._workers.start_method) if num_workers else None,
             pin_memory=self._workers.pin_memory,
@@ -123,7 +126,7 @@ def validation_batches(
     """
     for start in range(process_index * batch_size, len(samples), num_processes * batch_size):
         items = [_encoded(encoder, sample) for sample in samples[start : start + batch_size]]
-        yield _batch_or_raise(_collate_or_failure(items, encoder.pad_token_id))
+        yield _batch_or_raise(_collate_or_failure(items, encoder.pad_token_id, encoder.image_layout))
 
 
 @dataclass(frozen=True)
@@ -162,13 +165,15 @@ def _encoded(encoder: Encoder, sample: Sample) -> EncodedSample | _Failure:
         return _Failure(str(sample.source), sample.sample_id, problem.reason)
 
 
-def _collate_or_failure(items: Sequence[EncodedSample | _Failure], pad_token_id: int) -> MicroBatch | _Failure:
+def _collate_or_failure(
+    items: Sequence[EncodedSample | _Failure], pad_token_id: int, layout: ImageLayout
+) -> MicroBatch | _Failure:
     samples: list[EncodedSample] = []
     for item in items:
         if isinstance(item, _Failure):
             return item
         samples.append(item)
-    return collate(samples, pad_token_id)
+    return collate(samples, pad_token_id, layout)
 
 
 def _next_batch(batches: Iterator[MicroBatch | _Failure]) -> MicroBatch:

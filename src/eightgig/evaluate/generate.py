@@ -73,12 +73,13 @@ def answer_prompts(
 ) -> list[str]:
     """Greedy answers to `prompts`, which must all have the same number of tokens; leaves the model's mode as found."""
     tokenizer = encoder.tokenizer
-    batch = collate(prompts, encoder.pad_token_id).to(compute.device, compute.input_dtype)
+    batch = collate(prompts, encoder.pad_token_id, encoder.image_layout).to(compute.device, compute.input_dtype)
     was_training = model.training
     model.eval()
     with torch.no_grad(), compute.autocast():
-        output = model.generate(
-            **batch.model_inputs,
+        answers = encoder.family.generate(
+            model,
+            batch.model_inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
@@ -87,8 +88,7 @@ def answer_prompts(
             pad_token_id=encoder.pad_token_id,
         )
     model.train(was_training)
-    prompt_length = batch.model_inputs["input_ids"].shape[1]
-    return [tokenizer.decode(row[prompt_length:], skip_special_tokens=True).strip() for row in output]
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in answers]
 
 
 def _batches_of_equal_shape(prompts: Sequence[EncodedSample], batch_size: int) -> Iterable[list[int]]:

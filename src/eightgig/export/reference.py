@@ -43,7 +43,7 @@ def write_reference(loaded: LoadedModel, batches: Sequence[MicroBatch], path: Pa
     rows' last tokens. The model is left in eval mode.
     """
     loaded.model.eval()
-    tower = base_model(loaded.model).get_submodule(loaded.spec.family.modules.vision_tower)
+    tower = base_model(loaded.model).get_submodule(loaded.spec.family.modules.towers[0])
     weight_dtype = next(tower.parameters()).dtype
     tensors: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):

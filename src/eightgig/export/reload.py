@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 from eightgig import registry
 from eightgig.core.files import write_json
 from eightgig.export.reference import read_reference
 from eightgig.export.verify import ReloadPlan, Verification
 from eightgig.memory.cap import limit_allocator
+from eightgig.models.fp32_islands import run_in_fp32
 from eightgig.models.quantization import disable_cpu_repacking
 from eightgig.models.random_weights import build_random
 
@@ -54,15 +55,17 @@ def compare(plan: ReloadPlan, reference: Path) -> Verification:
 
 def load(plan: ReloadPlan) -> tuple[Any, str]:
     """The model in eval mode, and one sentence on how it was loaded."""
+    spec = registry.resolve(plan.base or plan.saved, plan.revision)
+    whose = "EightGig's own classes" if spec.family.has_own_classes else "plain transformers"
     if plan.base is None:
-        model = AutoModelForImageTextToText.from_pretrained(plan.saved, **_load_arguments(plan))
-        return model.eval(), f"fresh process, plain transformers: from_pretrained({plan.saved!r})"
+        model, _ = spec.family.load_model(plan.saved, **_load_arguments(plan))
+        return model.eval(), f"fresh process, {whose}: from_pretrained({plan.saved!r})"
     if plan.random_weights_seed is None:
-        base = AutoModelForImageTextToText.from_pretrained(plan.base, revision=plan.revision, **_load_arguments(plan))
-        how = f"fresh process, plain transformers and peft: from_pretrained({plan.base!r})"
+        base, _ = spec.family.load_model(plan.base, revision=plan.revision, **_load_arguments(plan))
+        how = f"fresh process, {whose} and peft: from_pretrained({plan.base!r})"
     else:
         base = build_random(
-            registry.resolve(plan.base),
+            spec,
             seed=plan.random_weights_seed,
             device=torch.device(plan.device),
             dtype=getattr(torch, plan.dtype),
@@ -70,8 +73,11 @@ def load(plan: ReloadPlan) -> tuple[Any, str]:
         )
         how = f"fresh process, peft; base model {plan.base} rebuilt with random weights {plan.random_weights_seed}"
     disable_cpu_repacking(base)  # so that a CPU with AVX512-BF16 compares with the kernels that trained
-    if plan.vision_tower is not None:
-        tower = base.get_submodule(plan.vision_tower)
+    if plan.fp32_modules:
+        run_in_fp32(base, plan.fp32_modules)
+        how += f", {', '.join(plan.fp32_modules)} in fp32"
+    for path in plan.interpolated_towers:
+        tower = base.get_submodule(path)
         tower.forward = functools.partial(tower.forward, interpolate_pos_encoding=True)
         how += ", the vision tower's positions interpolated"
     return PeftModel.from_pretrained(base, plan.saved).eval(), f"{how}, PeftModel.from_pretrained({plan.saved!r})"

@@ -43,7 +43,8 @@ class ReloadPlan:
         saved: the folder of the adapter, or of the whole model.
         dtype: name of the torch dtype of pixel values and of weights that are not 4-bit.
         quantization: `BitsAndBytesConfig.to_dict()`, or None.
-        vision_tower: path of the tower, where its positions must be interpolated on the fly; else None.
+        interpolated_towers: paths of the towers whose positions must be interpolated on the fly.
+        fp32_modules: paths of modules that must run in fp32 in a model of another dtype.
         cap_gib: limit of what PyTorch may reserve on the GPU.
     """
 
@@ -54,7 +55,8 @@ class ReloadPlan:
     dtype: str
     device: str
     quantization: dict[str, Any] | None
-    vision_tower: str | None
+    interpolated_towers: tuple[str, ...]
+    fp32_modules: tuple[str, ...]
     cap_gib: float | None
     tolerance: float
 
@@ -87,17 +89,20 @@ def reload_plan(
     is_full = config.training.method is TrainingMethod.FULL
     image_px = config.data.image_size
     # A model saved whole has its new image size in its config; a base model loaded anew does not.
-    interpolates = image_px is not None and image_px != spec.facts.image_px and not is_full
+    changes_px = image_px is not None and image_px != spec.facts.image_px
+    interpolates = changes_px and spec.family.interpolates_positions and not is_full
+    dtype = weight_dtype(config.training.method, device, precision)
     quantization = quantization_config(config, spec, device, precision)
     return ReloadPlan(
         base=None if is_full else spec.location,
         revision=config.model.revision if spec.facts.folder is None else None,
         random_weights_seed=None if is_full else config.model.random_weights_seed,
         saved=str(saved),
-        dtype=_name(weight_dtype(config.training.method, device, precision)),
+        dtype=_name(dtype),
         device=str(device),
         quantization=None if quantization is None else quantization.to_dict(),
-        vision_tower=spec.family.modules.vision_tower if interpolates else None,
+        interpolated_towers=spec.family.modules.towers if interpolates else (),
+        fp32_modules=spec.family.fp32_in_fp16 if dtype is torch.float16 else (),
         cap_gib=config.hardware.cap_gib if device.type == "cuda" else None,
         tolerance=TOLERANCES[precision.mixed_precision],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,11 @@ import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from eightgig.config import MixedPrecision, TrainingMethod
 from eightgig.core.errors import CheckpointError, DoesNotFit, UnsupportedModel
 from eightgig.core.logging import get_logger
+from eightgig.models.fp32_islands import run_in_fp32
 from eightgig.models.precision import Precision
 from eightgig.models.quantization import disable_cpu_repacking, quantization_config
 from eightgig.models.random_weights import build_random
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from eightgig.registry import ModelSpec
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")
-PROCESSOR_FILES = {
-    "image processor settings": ("processor_config.json", "preprocessor_config.json"),
-    "tokenizer": ("tokenizer.json", "tokenizer.model"),
-}
 JSON_FILES = (
     "processor_config.json",
     "preprocessor_config.json",
@@ -67,9 +63,9 @@ class LoadedModel:
 def load_model(config: TrainingConfig, spec: ModelSpec, device: torch.device, precision: Precision) -> LoadedModel:
     """The base model in eval mode on `device`, quantised as configured, with its processor and a checked receipt.
 
-    All parameters are frozen, except for full fine-tuning: there everything but the vision tower is trainable (the
-    tower stays frozen, as in LLaVA's recipe), and the weights are bf16 where bf16 is computed in on a GPU, else fp32,
-    because a gradient scaler needs fp32 gradients and a CPU gains nothing.
+    All parameters are frozen, except for full fine-tuning: there everything but the towers is trainable (they stay
+    frozen, as in LLaVA's recipe; a projector inside one is trained), and the weights are bf16 where bf16 is computed in
+    on a GPU, else fp32, because a gradient scaler needs fp32 gradients and a CPU gains nothing.
 
     Raises:
         ConfigError: the configured image size does not suit the model.
@@ -97,6 +93,8 @@ def load_model(config: TrainingConfig, spec: ModelSpec, device: torch.device, pr
         processor = load_processor(config, spec)
     disable_cpu_repacking(model)
     spec.family.apply_image_px(model, processor, image_px)
+    if dtype is torch.float16:
+        run_in_fp32(model, spec.family.fp32_in_fp16)
     model.config.get_text_config().use_cache = False  # generate asks for its cache itself
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
@@ -124,9 +122,9 @@ def load_processor(config: TrainingConfig, spec: ModelSpec) -> Any:
     if config.model.random_weights_seed is not None and spec.facts.folder is None:
         return spec.family.build_processor(spec.facts)
     if spec.facts.folder is not None:
-        _check_processor_files(spec.facts.folder)
+        _check_processor_files(spec.facts.folder, spec.family.processor_files)
     with explained_hub_errors(spec.location, config.model.revision):
-        return AutoProcessor.from_pretrained(spec.location, **_hub_arguments(config, spec))
+        return spec.family.load_processor(spec.location, **_hub_arguments(config, spec))
 
 
 def without_graph_when_frozen(module: nn.Module) -> None:
@@ -151,13 +149,12 @@ def _from_pretrained(
     if spec.facts.folder is not None:
         _check_weights_exist(spec.facts.folder)
     hub_arguments = _hub_arguments(config, spec)
-    model, loading = AutoModelForImageTextToText.from_pretrained(
+    model, loading = spec.family.load_model(
         spec.location,
         dtype=dtype,
         device_map={"": device},
         attn_implementation="sdpa",
         quantization_config=quantization,
-        output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are refused below, with their names
         **hub_arguments,
         # transformers also looks for an adapter among the model's files, with arguments of its own.
@@ -243,9 +240,9 @@ def _explained_load_errors(config: TrainingConfig, spec: ModelSpec, device: torc
         ) from error
 
 
-def _check_processor_files(folder: Path) -> None:
-    """Raise UnsupportedModel unless image settings and a tokenizer are there; transformers would look at the hub."""
-    for kind, names in PROCESSOR_FILES.items():
+def _check_processor_files(folder: Path, needed: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise UnsupportedModel unless a file of each kind is there; transformers would look at the hub."""
+    for kind, names in needed.items():
         if not any((folder / name).is_file() for name in names):
             raise UnsupportedModel(
                 f"{folder} has no {kind} ({' or '.join(names)})",
@@ -270,7 +267,12 @@ def _check_json(path: Path) -> None:
 
 
 def _freeze(model: Any, spec: ModelSpec, method: TrainingMethod) -> None:
-    model.requires_grad_(method is TrainingMethod.FULL)
-    tower = model.get_submodule(spec.family.modules.vision_tower)
-    tower.requires_grad_(False)
-    without_graph_when_frozen(tower)
+    is_full = method is TrainingMethod.FULL
+    paths = spec.family.modules
+    model.requires_grad_(is_full)
+    for path in paths.towers:
+        tower = model.get_submodule(path)
+        tower.requires_grad_(False)
+        without_graph_when_frozen(tower)
+    for path in paths.projectors:
+        model.get_submodule(path).requires_grad_(is_full)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
@@ -57,8 +58,13 @@ def compute_dtype_4bit(name: str, device: torch.device, precision: Precision) ->
 
 
 def is_kept_16bit(module_path: str, keep_16bit: tuple[str, ...]) -> bool:
-    """Whether the module at `module_path` is, or lies inside, one that is never quantised."""
-    return any(module_path == kept or module_path.startswith(f"{kept}.") for kept in keep_16bit)
+    """Whether the module at `module_path` is, or lies inside, one that a pattern of `keep_16bit` matches."""
+    return any(re.match(rf"(?:{pattern})(?:\.|$)", module_path) for pattern in keep_16bit)
+
+
+def is_inside(module_path: str, modules: tuple[str, ...]) -> bool:
+    """Whether the module at `module_path` is, or lies inside, one of `modules`."""
+    return any(module_path == outer or module_path.startswith(f"{outer}.") for outer in modules)
 
 
 def disable_cpu_repacking(model: nn.Module) -> None:

@@ -46,6 +46,7 @@ def build_random(
     if quantization_config is not None:
         quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
         quantizer.preprocess_model(model, device_map={"": device}, dtype=dtype)
+    model.tie_weights()  # so that a tied head is not drawn beside the embeddings
     _fill(model, seed, device, dtype)
     model.tie_weights()
     if quantizer is not None:

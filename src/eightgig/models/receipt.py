@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from eightgig.core.errors import UnsupportedModel
-from eightgig.models.quantization import is_kept_16bit
+from eightgig.models.quantization import is_inside, is_kept_16bit
 from eightgig.registry.family import base_model
 
 if TYPE_CHECKING:
@@ -195,12 +195,13 @@ def _group(path: str, module: nn.Module, spec: ModelSpec) -> str:
     paths = spec.family.modules
     if ".lora_" in path:
         return "adapters"
-    for group, prefix in (
-        ("vision tower", paths.vision_tower),
-        ("projector", paths.projector),
-        ("lm_head", paths.lm_head),
+    # Projectors first: some lie inside a tower.
+    for group, prefixes in (
+        ("projector", paths.projectors),
+        ("vision tower", paths.towers),
+        ("lm_head", (paths.lm_head,)),
     ):
-        if is_kept_16bit(path, (prefix,)):
+        if is_inside(path, prefixes):
             return group
     if isinstance(module, nn.Linear):
         return "language linears"

@@ -6,46 +6,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from eightgig.registry.facts import ImageLayout, ModelFacts, ModulePaths, read_image_settings, transformers_config
 
-@dataclass(frozen=True)
-class ModulePaths:
-    """Full paths, from the top of the transformers model, of its parts."""
+# What a folder must hold for `load_processor`, one file of each kind; transformers would else look at the hub for it.
+PROCESSOR_FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "image processor settings": ("processor_config.json", "preprocessor_config.json"),
+        "tokenizer": ("tokenizer.json", "tokenizer.model"),
+    }
+)
 
-    language_model: str
-    vision_tower: str
-    projector: str
-    lm_head: str
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """The facts of one published model (or of a local folder of a known family).
-
-    Attributes:
-        name: the registry's name.
-        aliases: other names a user may type, lower case.
-        hub_id: where the weights are published, None for a local or packaged model.
-        folder: where the weights lie on this machine, None when they come from the hub.
-        licence: short name of the weights' licence.
-        source: where the numbers were read.
-        architecture: what `build_config` needs to rebuild the model's config without a hub.
-        num_parameters: counted on the model built from `architecture`; 0 = not known beforehand (a local folder).
-        num_language_linears: linear layers of the language model that carry LoRA; 0 = not known beforehand.
-        image_px: side length of the image the model was trained with.
-    """
-
-    name: str
-    aliases: tuple[str, ...]
-    hub_id: str | None
-    folder: Path | None
-    licence: str
-    source: str
-    architecture: Mapping[str, Any]
-    num_parameters: int
-    num_language_linears: int
-    image_px: int
+SEE_THE_MODEL = "see the model's own page or folder"
 
 
 def base_model(model: Any) -> Any:
@@ -56,47 +30,162 @@ def base_model(model: Any) -> Any:
 class ModelFamily(ABC):
     """One family: all that differs from one VLM architecture to the next. Everything else treats models alike.
 
-    `torch` and `transformers` are imported inside the hooks that need them.
+    `torch` and `transformers` are imported inside the hooks that need them. Hooks are called in data workers too, so a
+    family must survive pickling.
+
+    Attributes:
+        name: short name of the family.
+        model_types: values of `model_type` in config.json that belong to it.
+        modules: where its parts lie.
+        lora_pattern: regular expression, matched in full against module paths: the language model's linear layers.
+        keep_16bit: modules that are never quantised, each with all inside it: regular expressions, matched from the
+            start of full paths as transformers matches `llm_int8_skip_modules`; the lm_head is always among them.
+        image_placeholder: what the chat template writes for one image.
+        end_of_turn: the token that ends an answer.
+        models: the published models known by name.
+        chat_template: the template to use where the processor has none; None for families that publish theirs.
+        template_arguments: variables that the chat template is given, e.g. to switch thinking off.
+        reserved_texts: further texts that no user's text may spell, beside the tokenizer's special tokens.
+        image_layout: how samples' image inputs become a batch.
+        fp32_in_fp16: paths of modules whose activations leave the range of fp16: in fp16 mode they run in fp32.
+        dtype_caution: what a user should know about dtypes, one sentence; empty where there is nothing.
+        interpolates_positions: whether another image size changes the tower's position table, so that whoever reloads
+            an adapter must have the positions interpolated.
+        accepts_image_features: whether the model's forward takes a frozen tower's output in place of pixels
+            (`mm_encoder_outputs`; transformers 5.23 has it, 5.17 does not).
+        has_own_classes: whether its model is EightGig's own implementation, not one of transformers.
+        processor_files: what a folder must hold for `load_processor`: kinds of files, one name of each will do.
+        derivation: where the family was derived from a config and a module tree: what was derived, a sentence each.
     """
 
     name: str
-    model_types: tuple[str, ...]  # values of `model_type` in config.json that belong to the family
+    model_types: tuple[str, ...]
     modules: ModulePaths
-    lora_pattern: str  # regular expression, matched in full against module paths: the language model's linears
-    keep_16bit: tuple[str, ...]  # full module paths never quantised; the lm_head is always among them
-    image_placeholder: str  # what the chat template writes for one image
-    end_of_turn: str  # the token that ends an answer
+    lora_pattern: str
+    keep_16bit: tuple[str, ...]
+    image_placeholder: str
+    end_of_turn: str
     models: tuple[ModelFacts, ...]
+    chat_template: str | None = None
+    template_arguments: Mapping[str, Any] = MappingProxyType({})
+    reserved_texts: tuple[str, ...] = ()
+    image_layout: ImageLayout = ImageLayout()
+    fp32_in_fp16: tuple[str, ...] = ()
+    dtype_caution: str = ""
+    interpolates_positions: bool = False
+    accepts_image_features: bool = False
+    has_own_classes: bool = False
+    processor_files: Mapping[str, tuple[str, ...]] = PROCESSOR_FILES
+    derivation: tuple[str, ...] = ()
+
+    # Facts
 
     @abstractmethod
+    def native_image_px(self, architecture: Mapping[str, Any], image_settings: Mapping[str, Any]) -> int:
+        """`ModelFacts.image_px` of a model with this config, whose folder has these image settings (maybe none)."""
+
+    @abstractmethod
+    def count_language_linears(self, architecture: Mapping[str, Any]) -> int:
+        """`ModelFacts.num_language_linears` of a model with this config; 0 where it can't be told."""
+
     def facts_from_config(
         self, config: Mapping[str, Any], *, name: str, folder: Path | None, hub_id: str | None
     ) -> ModelFacts:
-        """Facts of a model that is not in the table, read off its config.json."""
+        """Facts of a model that is not in the table, read off its config.json; what that leaves out is default."""
+        filled = transformers_config(config).to_dict()
+        settings = read_image_settings(folder)
+        return ModelFacts(
+            name=name,
+            aliases=(),
+            hub_id=hub_id,
+            folder=folder,
+            licence=SEE_THE_MODEL,
+            licence_url="",
+            source=str(folder / "config.json") if folder is not None else f"config.json of {hub_id}",
+            architecture=filled,
+            num_parameters=0,
+            num_language_linears=self.count_language_linears(filled),
+            image_px=self.native_image_px(filled, settings),
+            image_settings=settings,
+        )
 
-    @abstractmethod
     def build_config(self, facts: ModelFacts) -> Any:
         """The transformers config, rebuilt from the facts alone."""
+        return transformers_config(facts.architecture)
+
+    # Processor and images
 
     @abstractmethod
     def build_processor(self, facts: ModelFacts) -> Any:
         """A stand-in processor for random weights: right sizes, token ids and template, a byte-level vocabulary."""
 
+    def load_processor(self, location: str, **arguments: Any) -> Any:
+        """The published processor of `location` (folder or hub id); `arguments` go to `from_pretrained`."""
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(location, **arguments)
+
     @abstractmethod
     def check_image_px(self, facts: ModelFacts, image_px: int) -> None:
-        """Raise ConfigError where the family can't take images of `image_px`."""
+        """Raise ConfigError where the family can't take `image_px` as its `data.image_size`."""
+
+    def image_px_note(self, facts: ModelFacts, image_px: int) -> str | None:
+        """What the user should know about `data.image_size = image_px` here, where it does not mean what it says."""
+        return None
 
     @abstractmethod
     def num_image_tokens(self, facts: ModelFacts, image_px: int | None, *, width_px: int, height_px: int) -> int:
-        """Tokens of an image of `width_px` × `height_px` in the sequence, at the `image_size` setting `image_px`."""
+        """Tokens of an image of `width_px` × `height_px` in the sequence, at the `image_size` setting `image_px`.
+
+        All tokens that take the placeholder's place count, such as marks of rows and tiles.
+        """
 
     @abstractmethod
     def apply_image_px(self, model: Any | None, processor: Any, image_px: int | None) -> None:
         """Make the model (if given) and its processor take images of `image_px`; None keeps the model's own size."""
 
-    @abstractmethod
+    def process_images(self, processor: Any, images: Sequence[Any]) -> Mapping[str, Any]:
+        """The image processor's output for all PIL images of one sample; tensors in it become model inputs."""
+        features: Mapping[str, Any] = processor.image_processor(images=list(images), return_tensors="pt")
+        return features
+
     def expand_placeholders(self, processor: Any, image_inputs: Mapping[str, Any], num_images: int) -> Sequence[str]:
-        """For each image of one sample, the text that its placeholder becomes: one image token a feature."""
+        """For each image of one sample, the text that its placeholder becomes: one image token a feature.
+
+        By default what transformers' own processor would write.
+        """
+        return [processor.replace_image_token(image_inputs, index) for index in range(num_images)]
+
+    def prompt_inputs(self, processor: Any, question: str, num_images: int) -> Mapping[str, Any]:
+        """More image inputs, made from the words before the first answer; for a sample with images."""
+        return {}
+
+    def token_inputs(
+        self, processor: Any, input_ids: Any, is_answer: Any, image_inputs: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """More model inputs, one value a token: name -> [sequence, ...]; batches are filled up with zeros.
+
+        Args:
+            processor: the model's processor.
+            input_ids: int64 [sequence] of one sample, as the model will get it.
+            is_answer: bool [sequence], whether the loss counts the token; all False in a prompt.
+            image_inputs: the sample's image inputs, empty without images.
+        """
+        return {}
+
+    # Model
+
+    def load_model(self, location: str, **arguments: Any) -> tuple[Any, Mapping[str, Any]]:
+        """The model at `location` and transformers' loading info (`missing_keys`); `arguments` are `from_pretrained`'s.
+
+        A family with classes of its own registers them with transformers' Auto classes here and in `build_config`.
+        """
+        from transformers import AutoModelForImageTextToText
+
+        loaded: tuple[Any, Mapping[str, Any]] = AutoModelForImageTextToText.from_pretrained(
+            location, output_loading_info=True, **arguments
+        )
+        return loaded
 
     def hidden_states(self, model: Any, inputs: Mapping[str, Any]) -> Any:
         """Last hidden states, [batch, sequence, hidden], of the whole multimodal backbone, without the head."""
@@ -109,6 +198,10 @@ class ModelFamily(ABC):
     def decoder_layers(self, model: Any) -> Sequence[Any]:
         """The language model's decoder layers, first to last: the unit of activation checkpointing."""
         return list(base_model(model).get_submodule(self.modules.language_model).layers)
+
+    def generate(self, model: Any, inputs: Mapping[str, Any], **arguments: Any) -> Any:
+        """Ids that `model` writes after the prompts in `inputs`, int64 [batch, new tokens]."""
+        return model.generate(**inputs, **arguments)[:, inputs["input_ids"].shape[1] :]
 
 
 @dataclass(frozen=True)

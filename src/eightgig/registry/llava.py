@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from eightgig.core.errors import ConfigError, Problem
-from eightgig.registry.family import ModelFacts, ModelFamily, ModulePaths, base_model
+from eightgig.registry.facts import ModelFacts, ModulePaths
+from eightgig.registry.family import ModelFamily, base_model
 from eightgig.registry.standin import byte_level_tokenizer
 
 # CLIP ViT-L/14 at 336 px. Source: config.json of llava-hf/llava-1.5-7b-hf.
@@ -21,6 +21,8 @@ CLIP_L_336: Mapping[str, Any] = {
     "patch_size": 14,
     "projection_dim": 768,
 }
+
+LLAMA_2_LICENCE = "https://ai.meta.com/llama/license/"
 
 # Text models whose layers hold q, k, v, o, gate, up and down, under the names of `LlavaFamily.lora_pattern`.
 SEVEN_LINEARS_A_LAYER = ("llama", "mistral", "qwen2")
@@ -75,6 +77,7 @@ LLAVA_1_5_7B = ModelFacts(
     hub_id="llava-hf/llava-1.5-7b-hf",
     folder=None,
     licence="Llama 2 Community License",
+    licence_url=LLAMA_2_LICENCE,
     source="config.json of llava-hf/llava-1.5-7b-hf; parameters counted on the stock class of transformers 5.23",
     architecture=_architecture(_vicuna(4096, 32, 32, 11008)),
     num_parameters=7_063_427_072,
@@ -88,6 +91,7 @@ LLAVA_1_5_13B = ModelFacts(
     hub_id="llava-hf/llava-1.5-13b-hf",
     folder=None,
     licence="Llama 2 Community License",
+    licence_url=LLAMA_2_LICENCE,
     source="config.json of llava-hf/llava-1.5-13b-hf; parameters counted on the stock class of transformers 5.23",
     architecture=_architecture(_vicuna(5120, 40, 40, 13824)),
     num_parameters=13_351_494_656,
@@ -103,8 +107,8 @@ class LlavaFamily(ModelFamily):
     model_types = ("llava",)
     modules = ModulePaths(
         language_model="model.language_model",
-        vision_tower="model.vision_tower",
-        projector="model.multi_modal_projector",
+        towers=("model.vision_tower",),
+        projectors=("model.multi_modal_projector",),
         lm_head="lm_head",
     )
     lora_pattern = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
@@ -112,34 +116,17 @@ class LlavaFamily(ModelFamily):
     image_placeholder = "<image>"
     end_of_turn = "</s>"
     models = (LLAVA_1_5_7B, LLAVA_1_5_13B)
+    interpolates_positions = True
+    accepts_image_features = True
 
-    def facts_from_config(
-        self, config: Mapping[str, Any], *, name: str, folder: Path | None, hub_id: str | None
-    ) -> ModelFacts:
-        """Facts read off a config.json; values that it leaves out are transformers' defaults."""
-        from transformers import LlavaConfig
+    def native_image_px(self, architecture: Mapping[str, Any], image_settings: Mapping[str, Any]) -> int:
+        """The side of the tower's own grid."""
+        return int(architecture["vision_config"]["image_size"])
 
-        filled = LlavaConfig.from_dict(dict(config)).to_dict()
-        text = filled["text_config"]
-        num_linears_a_layer = NUM_LINEARS_A_LAYER if text["model_type"] in SEVEN_LINEARS_A_LAYER else 0
-        return ModelFacts(
-            name=name,
-            aliases=(),
-            hub_id=hub_id,
-            folder=folder,
-            licence="see the model's own page or folder",
-            source=str(folder / "config.json") if folder is not None else f"config.json of {hub_id}",
-            architecture=filled,
-            num_parameters=0,
-            num_language_linears=text.get("num_hidden_layers", 0) * num_linears_a_layer,
-            image_px=filled["vision_config"]["image_size"],
-        )
-
-    def build_config(self, facts: ModelFacts) -> Any:
-        """The `LlavaConfig` of the facts."""
-        from transformers import LlavaConfig
-
-        return LlavaConfig.from_dict(_as_dicts(facts.architecture))
+    def count_language_linears(self, architecture: Mapping[str, Any]) -> int:
+        """Seven a layer for the text models known to have them."""
+        text = architecture["text_config"]
+        return text["num_hidden_layers"] * NUM_LINEARS_A_LAYER if text["model_type"] in SEVEN_LINEARS_A_LAYER else 0
 
     def build_processor(self, facts: ModelFacts) -> Any:
         """A `LlavaProcessor` with CLIP's image processing and a byte-level tokenizer."""
@@ -198,7 +185,7 @@ class LlavaFamily(ModelFamily):
         if image_px is None:
             return
         if model is not None:
-            _resize_positions(base_model(model), self.modules.vision_tower, image_px)
+            _resize_positions(base_model(model), self.modules.towers[0], image_px)
         image_processor = processor.image_processor
         if "shortest_edge" in dict(image_processor.size):
             image_processor.size = {"shortest_edge": image_px}
@@ -214,11 +201,6 @@ class LlavaFamily(ModelFamily):
         if processor.vision_feature_select_strategy == "default":
             num_tokens -= 1
         return [processor.image_token * num_tokens] * num_images
-
-
-def _as_dicts(value: Any) -> Any:
-    """`value` with every mapping in it copied to a plain dict: transformers changes the ones it is given."""
-    return {key: _as_dicts(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def _patch_px(facts: ModelFacts) -> int:
@@ -259,3 +241,6 @@ def _resize_positions(model: Any, tower_path: str, image_px: int) -> None:
     for config in (embeddings.config, model.config.vision_config):
         config.image_size = image_px
     model.config.image_seq_length = num_patches
+
+
+FAMILIES = (LlavaFamily(),)

@@ -11,14 +11,14 @@ from typing import Any
 
 import eightgig
 from eightgig.core.errors import UnsupportedModel
-from eightgig.registry import hub
-from eightgig.registry.family import ModelFacts, ModelFamily, ModelSpec
-from eightgig.registry.llava import LlavaFamily
-
-FAMILIES: tuple[ModelFamily, ...] = (LlavaFamily(),)
+from eightgig.registry import derived, hub
+from eightgig.registry.discovery import families
+from eightgig.registry.facts import ModelFacts
+from eightgig.registry.family import ModelSpec
 
 # Ships inside the package, trained by `benchmarks/demo_model`. Its facts are read off its config.json.
 PACKAGED_LICENCE = "Apache-2.0"
+PACKAGED_LICENCE_URL = "https://www.apache.org/licenses/LICENSE-2.0"
 PACKAGED_MODELS = {"eightgig-demo": Path(eightgig.__file__).parent / "demo" / "model"}
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -26,7 +26,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 def all_specs() -> tuple[ModelSpec, ...]:
     """Every model known by name, in the order of the families, then those that ship inside the package."""
-    specs = [ModelSpec(family, facts) for family in FAMILIES for facts in family.models]
+    specs = [ModelSpec(family, facts) for family in families() for facts in family.models]
     return (*specs, *map(_packaged_spec, PACKAGED_MODELS))
 
 
@@ -39,7 +39,7 @@ def get(name: str) -> ModelSpec:
     wanted = name.strip().lower()
     if wanted in PACKAGED_MODELS:
         return _packaged_spec(wanted)
-    for family in FAMILIES:
+    for family in families():
         for facts in family.models:
             if wanted == facts.name or wanted in facts.aliases:
                 return ModelSpec(family, facts)
@@ -80,7 +80,7 @@ def resolve(reference: str, revision: str | None = None) -> ModelSpec:
 
 def _known_names() -> Iterable[str]:
     yield from PACKAGED_MODELS
-    for family in FAMILIES:
+    for family in families():
         for facts in family.models:
             yield facts.name
             yield from facts.aliases
@@ -91,8 +91,8 @@ def _is_known(name: str) -> bool:
 
 
 def _unknown(name: str, found: str) -> UnsupportedModel:
-    names = sorted(set(_known_names()))
-    nearest = difflib.get_close_matches(name.strip().lower(), names, n=3, cutoff=0.5)
+    nearest = difflib.get_close_matches(name.strip().lower(), sorted(set(_known_names())), n=3, cutoff=0.5)
+    names = sorted([*PACKAGED_MODELS, *(facts.name for family in families() for facts in family.models)])
     guess = f"did you mean {' or '.join(nearest)}?" if nearest else f"known names: {', '.join(names)}"
     return UnsupportedModel(
         found,
@@ -103,7 +103,7 @@ def _unknown(name: str, found: str) -> UnsupportedModel:
 
 def _packaged_spec(name: str) -> ModelSpec:
     spec = _spec_of_folder(PACKAGED_MODELS[name], name=name)
-    return replace(spec, facts=replace(spec.facts, licence=PACKAGED_LICENCE))
+    return replace(spec, facts=replace(spec.facts, licence=PACKAGED_LICENCE, licence_url=PACKAGED_LICENCE_URL))
 
 
 def _spec_of_folder(folder: Path, *, name: str) -> ModelSpec:
@@ -143,14 +143,10 @@ def _spec_of_config(
     config: dict[str, Any], *, name: str, folder: Path | None, hub_id: str | None, source: str
 ) -> ModelSpec:
     model_type = config.get("model_type")
-    family = next((family for family in FAMILIES if model_type in family.model_types), None)
+    family = next((family for family in families() if model_type in family.model_types), None)
     if family is None:
-        known = sorted(model_type for family in FAMILIES for model_type in family.model_types)
-        raise UnsupportedModel(
-            f"{source} says model_type {model_type!r}",
-            expected=f"one of: {', '.join(known)}",
-            next_step="choose a model of a supported family; `eightgig config schema` describes model.name",
-        )
+        known = sorted(model_type for family in families() for model_type in family.model_types)
+        family = derived.derive_family(config, location=str(folder or hub_id), source=source, known_types=known)
     from huggingface_hub.errors import StrictDataclassError
 
     try:

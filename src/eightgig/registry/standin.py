@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 
-def byte_level_tokenizer(special_tokens: Mapping[str, int], *, vocab_size: int, roles: Mapping[str, str]) -> Any:
+def byte_level_tokenizer(
+    special_tokens: Mapping[str, int],
+    *,
+    vocab_size: int,
+    roles: Mapping[str, str],
+    words: Mapping[str, int] = MappingProxyType({}),
+) -> Any:
     """A tokenizer that writes any text as its UTF-8 bytes, with the special tokens at the ids the model expects.
 
     Bytes take the lowest ids that no special token has. Ids left over get names that no text produces, so that the
@@ -15,7 +22,9 @@ def byte_level_tokenizer(special_tokens: Mapping[str, int], *, vocab_size: int, 
     Args:
         special_tokens: token -> id; each id below `vocab_size`.
         vocab_size: rows of the model's embedding; no id emitted reaches it.
-        roles: keyword of the transformers tokenizer -> token, e.g. `{"pad_token": "<pad>"}`.
+        roles: keyword of the transformers tokenizer -> token, e.g. `{"pad_token": "<pad>"}`; a `bos_token` is put in
+            front of every text.
+        words: text -> id of ordinary tokens of several bytes, where the model's image rule counts on them.
     """
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -24,14 +33,16 @@ def byte_level_tokenizer(special_tokens: Mapping[str, int], *, vocab_size: int, 
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(BPE(vocab=_vocabulary(special_tokens, vocab_size), merges=[]))
+    tokenizer = Tokenizer(BPE(vocab=_vocabulary({**special_tokens, **words}, vocab_size), merges=[]))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
-    bos = roles["bos_token"]
-    tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, special_tokens[bos])]
-    )
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
+    bos = roles.get("bos_token")
+    if bos is not None:
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, special_tokens[bos])]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, padding_side="right", **roles
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +80,8 @@ def build_run(config: TrainingConfig, place: Place, folder: RunFolder, listener:
         listener.on_message(place.precision.note)
     read = read_data(config.data, folder)
     spec = resolve(config.model.name, config.model.revision)
+    for text in _notes(config, spec):
+        listener.on_message(text)
     encoder = _build_encoder(config, spec)
     data = check_data(read, config, encoder, folder, listener)
     listener.on_message(f"loading {spec.name}")
@@ -118,6 +121,15 @@ def build_compute(config: TrainingConfig, place: Place) -> Compute:
         autocast_dtype=None if dtype == compute_dtype else compute_dtype,
         loss_chunk_tokens=config.training.loss_chunk_tokens,
     )
+
+
+def _notes(config: TrainingConfig, spec: ModelSpec) -> Iterator[str]:
+    """What the user should know about the model before it is loaded."""
+    yield from spec.family.derivation
+    image_px = config.data.image_size
+    note = spec.family.image_px_note(spec.facts, image_px) if image_px is not None else None
+    if note is not None:
+        yield note
 
 
 def _build_encoder(config: TrainingConfig, spec: ModelSpec) -> Encoder:
