@@ -25,6 +25,8 @@ from eightgig.memory.cap import limit_allocator
 from eightgig.models.fp32_islands import run_in_fp32
 from eightgig.models.quantization import disable_cpu_repacking
 from eightgig.models.random_weights import build_random
+from eightgig.registry import ModelSpec
+from eightgig.registry.facts import as_dicts
 
 
 def main(arguments: list[str]) -> None:
@@ -58,10 +60,10 @@ def load(plan: ReloadPlan) -> tuple[Any, str]:
     spec = registry.resolve(plan.base or plan.saved, plan.revision)
     whose = "EightGig's own classes" if spec.family.has_own_classes else "plain transformers"
     if plan.base is None:
-        model, _ = spec.family.load_model(plan.saved, **_load_arguments(plan))
+        model, _ = spec.family.load_model(plan.saved, **_load_arguments(plan, spec))
         return model.eval(), f"fresh process, {whose}: from_pretrained({plan.saved!r})"
     if plan.random_weights_seed is None:
-        base, _ = spec.family.load_model(plan.base, revision=plan.revision, **_load_arguments(plan))
+        base, _ = spec.family.load_model(plan.base, revision=plan.revision, **_load_arguments(plan, spec))
         how = f"fresh process, {whose} and peft: from_pretrained({plan.base!r})"
     else:
         base = build_random(
@@ -83,11 +85,11 @@ def load(plan: ReloadPlan) -> tuple[Any, str]:
     return PeftModel.from_pretrained(base, plan.saved).eval(), f"{how}, PeftModel.from_pretrained({plan.saved!r})"
 
 
-def _load_arguments(plan: ReloadPlan) -> dict[str, Any]:
+def _load_arguments(plan: ReloadPlan, spec: ModelSpec) -> dict[str, Any]:
     return {
         "dtype": getattr(torch, plan.dtype),
         "device_map": {"": plan.device},
-        "attn_implementation": "sdpa",
+        "attn_implementation": as_dicts(spec.family.attention),
         "quantization_config": _quantization(plan),
     }
 
