@@ -194,6 +194,10 @@ class ModelFamily(ABC):
         """Last hidden states, [batch, sequence, hidden], of the whole multimodal backbone, without the head."""
         return base_model(model).model(**inputs, use_cache=False).last_hidden_state
 
+    def own_inputs(self, model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`inputs` as the model's own forward takes them, where it wants an image even for texts without one."""
+        return inputs
+
     def logits(self, model: Any, hidden: Any) -> Any:
         """Logits, [..., vocab], of `hidden` states [..., hidden]; families that cap or scale theirs override this."""
         return base_model(model).get_submodule(self.modules.lm_head)(hidden)

@@ -207,6 +207,19 @@ class InstructBlipFamily(ModelFamily):
         language_model = base_model(model).get_submodule(self.modules.language_model)
         return language_model(**_language_inputs(base_model(model), inputs), use_cache=False).last_hidden_state
 
+    def own_inputs(self, model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`inputs`, for texts alone with a black image that no token takes the place of."""
+        if "pixel_values" in inputs:
+            return inputs
+        px = base_model(model).config.vision_config.image_size
+        question = inputs["input_ids"].new_zeros(1, 1)
+        return {
+            **inputs,
+            "pixel_values": question.new_zeros(1, 3, px, px).float(),
+            "qformer_input_ids": question,
+            "qformer_attention_mask": question + 1,
+        }
+
     def generate(self, model: Any, inputs: Mapping[str, Any], **arguments: Any) -> Any:
         """Ids that the language model writes after the prompts, int64 [batch, new tokens]; without an image too."""
         base = base_model(model)
