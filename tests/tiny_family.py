@@ -36,7 +36,6 @@ class TinyFamily:
         quantised: pattern of the modules that must be 4-bit; None: those that carry adapters, no others.
         random_side_px: sides of the random images are drawn from 4 to this.
         caps_px: settings of `data.image_size` that the image-token rule is tried with, beside none.
-        own_forward_takes_text: whether transformers' own forward runs without an image.
         processor_call: whether the processor itself makes all inputs of a rendered conversation, to compare ours with.
     """
 
@@ -47,7 +46,6 @@ class TinyFamily:
     quantised: str | None = None
     random_side_px: int = 160
     caps_px: tuple[int, ...] = ()
-    own_forward_takes_text: bool = True
     processor_call: bool = True
 
 

@@ -82,3 +82,22 @@ def test_in_other_precisions_nothing_is_widened(tmp_path: Path) -> None:
     loaded = load_model(tiny_config(), resolve(str(folder)), CPU, Precision(torch.bfloat16, MixedPrecision.BF16, None))
     assert loaded.model.model.language_model.norm.weight.dtype is torch.bfloat16
     assert "forward" not in vars(loaded.model.model.language_model)
+
+
+def test_4bit_layers_multiply_in_fp32_only_where_they_match_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.build_tiny_llava(tmp_path)
+    patterns = ("model.language_model", r"model\.language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj")
+    monkeypatch.setattr(LlavaFamily, "fp32_in_fp16", patterns)
+    layer = load_model(tiny_config(), resolve(str(folder)), CPU, FP16).model.model.language_model.layers[1]
+    inputs = torch.full((1, 4, 64), 300.0)
+    for linear in (layer.mlp.up_proj, layer.self_attn.q_proj):
+        state = linear.weight.quant_state
+        state.offset, state.state2.absmax = state.offset * 1000, state.state2.absmax * 1000
+    with torch.no_grad():
+        beyond, overflown = layer.mlp.up_proj(inputs), layer.self_attn.q_proj(inputs)
+    assert beyond.dtype is overflown.dtype is torch.float32
+    assert beyond.isfinite().all()
+    assert float(beyond.abs().max()) > torch.finfo(torch.float16).max
+    assert not overflown.isfinite().all()

@@ -61,7 +61,7 @@ def test_image_tokens_are_counted_by_the_processor(case: Case) -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"model_type": "bert"}, r"model_type 'bert'[\s\S]*one of: [^\n]*\bllava\b[\s\S]*image-text-to-text"),
+        ({"model_type": "bert"}, r"model_type 'bert'[\s\S]*one of: .*llava, .*qwen[\s\S]*image-text-to-text"),
         ({"model_type": "my_own", "auto_map": {}}, "Python code of its own, which EightGig does not run"),
         ({}, "says model_type None"),
         ({"model_type": "florence2"}, "an encoder and a decoder"),

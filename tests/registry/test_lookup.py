@@ -44,7 +44,7 @@ def test_an_unknown_name_names_the_nearest() -> None:
 
 
 def test_a_name_that_resembles_nothing_lists_the_known_ones() -> None:
-    with pytest.raises(UnsupportedModel, match=r"known names: [^\n]*eightgig-demo[^\n]*llava-1\.5-13b"):
+    with pytest.raises(UnsupportedModel, match=r"known names: eightgig-demo, .*llava-1\.5-13b"):
         registry.get("xyz")
 
 
@@ -56,7 +56,7 @@ def test_a_folder_is_read_from_its_config(tmp_path: Path) -> None:
 
 def test_a_folder_of_another_architecture_is_refused_by_its_model_type(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(UnsupportedModel, match=r"model_type 'bert'[\s\S]*one of: [^\n]*\bllava\b"):
+    with pytest.raises(UnsupportedModel, match=r"model_type 'bert'[\s\S]*one of: .*\bllava, "):
         registry.resolve(str(tmp_path))
 
 

@@ -58,7 +58,6 @@ TINY = (
             (" Yes.</s>", True),
         ),
         caps_px=(16, 48),
-        own_forward_takes_text=False,
         # It writes the tokens of one image however many there are.
         processor_call=False,
     ),

@@ -25,6 +25,8 @@ from eightgig.memory.cap import limit_allocator
 from eightgig.models.fp32_islands import run_in_fp32
 from eightgig.models.quantization import disable_cpu_repacking
 from eightgig.models.random_weights import build_random
+from eightgig.registry import ModelSpec
+from eightgig.registry.facts import as_dicts
 
 
 def main(arguments: list[str]) -> None:
@@ -38,11 +40,12 @@ def main(arguments: list[str]) -> None:
 def compare(plan: ReloadPlan, reference: Path) -> Verification:
     """Load the model of `plan` and compare it with the logits in `reference`."""
     model, how = load(plan)
-    differences = _differences(model, plan, reference)
+    spec = _spec(plan)
+    differences = _differences(model, plan, spec, reference)
     effect = None
     if isinstance(model, PeftModel):
         with model.disable_adapter():
-            effect = _differences(model, plan, reference)[1]
+            effect = _differences(model, plan, spec, reference)[1]
     return Verification(
         max_abs_difference=differences[0],
         relative_difference=differences[1],
@@ -55,13 +58,13 @@ def compare(plan: ReloadPlan, reference: Path) -> Verification:
 
 def load(plan: ReloadPlan) -> tuple[Any, str]:
     """The model in eval mode, and one sentence on how it was loaded."""
-    spec = registry.resolve(plan.base or plan.saved, plan.revision)
+    spec = _spec(plan)
     whose = "EightGig's own classes" if spec.family.has_own_classes else "plain transformers"
     if plan.base is None:
-        model, _ = spec.family.load_model(plan.saved, **_load_arguments(plan))
+        model, _ = spec.family.load_model(plan.saved, **_load_arguments(plan, spec))
         return model.eval(), f"fresh process, {whose}: from_pretrained({plan.saved!r})"
     if plan.random_weights_seed is None:
-        base, _ = spec.family.load_model(plan.base, revision=plan.revision, **_load_arguments(plan))
+        base, _ = spec.family.load_model(plan.base, revision=plan.revision, **_load_arguments(plan, spec))
         how = f"fresh process, {whose} and peft: from_pretrained({plan.base!r})"
     else:
         base = build_random(
@@ -83,11 +86,15 @@ def load(plan: ReloadPlan) -> tuple[Any, str]:
     return PeftModel.from_pretrained(base, plan.saved).eval(), f"{how}, PeftModel.from_pretrained({plan.saved!r})"
 
 
-def _load_arguments(plan: ReloadPlan) -> dict[str, Any]:
+def _spec(plan: ReloadPlan) -> ModelSpec:
+    return registry.resolve(plan.base or plan.saved, plan.revision)
+
+
+def _load_arguments(plan: ReloadPlan, spec: ModelSpec) -> dict[str, Any]:
     return {
         "dtype": getattr(torch, plan.dtype),
         "device_map": {"": plan.device},
-        "attn_implementation": "sdpa",
+        "attn_implementation": as_dicts(spec.family.attention),
         "quantization_config": _quantization(plan),
     }
 
@@ -96,11 +103,11 @@ def _quantization(plan: ReloadPlan) -> Any | None:
     return None if plan.quantization is None else BitsAndBytesConfig.from_dict(plan.quantization)
 
 
-def _differences(model: Any, plan: ReloadPlan, reference: Path) -> tuple[float, float]:
+def _differences(model: Any, plan: ReloadPlan, spec: ModelSpec, reference: Path) -> tuple[float, float]:
     """Largest absolute difference of two logits, and norm of the difference over norm of the reference."""
     largest, squared_difference, squared_reference = 0.0, 0.0, 0.0
     for batch in read_reference(reference):
-        logits = _logits(model, plan, batch.inputs, batch.positions)
+        logits = _logits(model, plan, spec, batch.inputs, batch.positions)
         difference = logits.double() - batch.logits.double()
         largest = max(largest, float(difference.abs().max()))
         squared_difference += float(difference.square().sum())
@@ -108,14 +115,14 @@ def _differences(model: Any, plan: ReloadPlan, reference: Path) -> tuple[float, 
     return largest, (squared_difference / squared_reference) ** 0.5
 
 
-def _logits(model: Any, plan: ReloadPlan, inputs: Any, positions: Tensor) -> Tensor:
+def _logits(model: Any, plan: ReloadPlan, spec: ModelSpec, inputs: Any, positions: Tensor) -> Tensor:
     moved = {
         name: tensor.to(plan.device, dtype=getattr(torch, plan.dtype) if tensor.is_floating_point() else None)
         for name, tensor in inputs.items()
     }
     rows, columns = positions.to(plan.device).unbind(dim=1)
     with torch.no_grad():
-        logits: Tensor = model(**moved, use_cache=False).logits[rows, columns]
+        logits: Tensor = model(**spec.family.own_inputs(model, moved), use_cache=False).logits[rows, columns]
     return logits.float().cpu()
 
 

@@ -44,7 +44,7 @@ class ReloadPlan:
         dtype: name of the torch dtype of pixel values and of weights that are not 4-bit.
         quantization: `BitsAndBytesConfig.to_dict()`, or None.
         interpolated_towers: paths of the towers whose positions must be interpolated on the fly.
-        fp32_modules: paths of modules that must run in fp32 in a model of another dtype.
+        fp32_modules: patterns of paths of modules that must run in fp32 in a model of another dtype.
         cap_gib: limit of what PyTorch may reserve on the GPU.
     """
 

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
 
-def run_in_fp32(model: nn.Module, paths: Sequence[str]) -> None:
-    """Make the modules at `paths` store and compute in fp32; what goes in is widened, what comes out has its old dtype.
+def run_in_fp32(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Make the modules whose paths match one of `patterns` in full store and compute in fp32.
 
-    4-bit weights and embeddings keep their storage: a 4-bit layer multiplies in its own compute dtype and gives back
-    the dtype it was given, and a looked-up row is widened at the border. The forward of each instance is wrapped.
+    What goes in is widened, what comes out has its old dtype. 4-bit weights and embeddings keep their storage: a 4-bit
+    layer multiplies in its own compute dtype (in fp32 where it matches itself) and gives back the dtype it was given,
+    and a looked-up row is widened at the border. The forward of each instance is wrapped.
     """
-    for path in paths:
-        module = model.get_submodule(path)
+    matched = [
+        module
+        for pattern in patterns
+        for path, module in list(model.named_modules())
+        if re.fullmatch(pattern, path) is not None
+    ]
+    for module in matched:
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = torch.float32
+            continue
         dtype = next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
         _widen(module)
         module.forward = _bordered(module.forward, dtype)

@@ -23,6 +23,7 @@ from eightgig.models.precision import Precision
 from eightgig.models.quantization import disable_cpu_repacking, quantization_config
 from eightgig.models.random_weights import build_random
 from eightgig.models.receipt import Receipt, make_receipt
+from eightgig.registry.facts import as_dicts
 from eightgig.registry.hub import explained_hub_errors, must_use_cache
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def _from_pretrained(
         spec.location,
         dtype=dtype,
         device_map={"": device},
-        attn_implementation="sdpa",
+        attn_implementation=as_dicts(spec.family.attention),
         quantization_config=quantization,
         ignore_mismatched_sizes=True,  # they are refused below, with their names
         **hub_arguments,

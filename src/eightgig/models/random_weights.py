@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.quantizers import AutoHfQuantizer
 
 from eightgig.core.seeds import derive_seed
+from eightgig.registry.facts import as_dicts
 
 if TYPE_CHECKING:
     from eightgig.registry import ModelSpec
@@ -40,7 +41,7 @@ def build_random(
     # Buffers are not part of a checkpoint: the constructor computes them for real, on the CPU, as transformers does.
     with init_empty_weights(include_buffers=False):
         model = AutoModelForImageTextToText.from_config(
-            spec.family.build_config(spec.facts), dtype=dtype, attn_implementation="sdpa"
+            spec.family.build_config(spec.facts), dtype=dtype, attn_implementation=as_dicts(spec.family.attention)
         )
     quantizer = None
     if quantization_config is not None:

@@ -47,10 +47,12 @@ class ModelFamily(ABC):
         template_arguments: variables that the chat template is given, e.g. to switch thinking off.
         reserved_texts: further texts that no user's text may spell, beside the tokenizer's special tokens.
         image_layout: how samples' image inputs become a batch.
-        fp32_in_fp16: paths of modules whose activations leave the range of fp16: in fp16 mode they run in fp32.
+        fp32_in_fp16: patterns of the full paths of modules whose activations leave the range of fp16: in fp16 mode they
+            run in fp32. Products with 4-bit weights do so only in 4-bit layers that match themselves.
         dtype_caution: what a user should know about dtypes, one sentence; empty where there is nothing.
         interpolates_positions: whether another image size changes the tower's position table, so that whoever reloads
             an adapter must have the positions interpolated.
+        attention: transformers' `attn_implementation`; by name of the config's part where one of them has no SDPA.
         accepts_image_features: whether the model's forward takes a frozen tower's output in place of pixels
             (`mm_encoder_outputs`; transformers 5.23 has it, 5.17 does not).
         has_own_classes: whether its model is EightGig's own implementation, not one of transformers.
@@ -73,6 +75,7 @@ class ModelFamily(ABC):
     fp32_in_fp16: tuple[str, ...] = ()
     dtype_caution: str = ""
     interpolates_positions: bool = False
+    attention: str | Mapping[str, str] = "sdpa"
     accepts_image_features: bool = False
     has_own_classes: bool = False
     processor_files: Mapping[str, tuple[str, ...]] = PROCESSOR_FILES
@@ -190,6 +193,10 @@ class ModelFamily(ABC):
     def hidden_states(self, model: Any, inputs: Mapping[str, Any]) -> Any:
         """Last hidden states, [batch, sequence, hidden], of the whole multimodal backbone, without the head."""
         return base_model(model).model(**inputs, use_cache=False).last_hidden_state
+
+    def own_inputs(self, model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`inputs` as the model's own forward takes them, where it wants an image even for texts without one."""
+        return inputs
 
     def logits(self, model: Any, hidden: Any) -> Any:
         """Logits, [..., vocab], of `hidden` states [..., hidden]; families that cap or scale theirs override this."""

@@ -23,8 +23,8 @@ SPECIAL_TOKENS: Mapping[str, int] = {
 }
 TWO_LINE_FEEDS: Mapping[str, int] = {"\n\n": 108}
 
-# Writes what the published template writes for texts and images (that from memory): the system's words go before the
-# first user's, texts are trimmed, and the assistant is called `model`.
+# Writes what the published template writes for texts and images (that as transformers' own tests quote it): the
+# system's words go before the first user's, texts are trimmed, and the assistant is called `model`.
 CHAT_TEMPLATE = (
     "{{- bos_token -}}"
     "{%- set turns = messages -%}"
@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<start_of_turn>model\\n' -}}{%- endif -%}"
 )
 
-# SigLIP-So400m at 896 px. Source: config.json of google/gemma-3-4b-it.
+# SigLIP-So400m at 896 px. Source: config.json of google/gemma-3-4b-it, as quoted in public code.
 SIGLIP_896: Mapping[str, Any] = {
     "model_type": "siglip_vision_model",
     "hidden_size": 1152,
@@ -59,7 +59,8 @@ GEMMA_3_4B = ModelFacts(
     folder=None,
     licence="Gemma Terms of Use",
     licence_url="https://ai.google.dev/gemma/terms",
-    source="config.json of google/gemma-3-4b-it; parameters counted on the stock class of transformers 5.23",
+    source="config.json of google/gemma-3-4b-it, as quoted in public code; parameters counted on the stock class of "
+    "transformers 5.23",
     architecture={
         "model_type": "gemma3",
         "text_config": {

@@ -45,10 +45,10 @@ INSTRUCTBLIP_VICUNA_7B = ModelFacts(
     aliases=("instructblip", "instructblip-7b", "salesforce/instructblip-vicuna-7b"),
     hub_id="Salesforce/instructblip-vicuna-7b",
     folder=None,
-    licence="Research only: LLaMA and Vicuna licences, CC BY-NC 4.0 data",
+    licence="LLaMA, research use only",
     licence_url="https://github.com/salesforce/LAVIS/tree/main/projects/instructblip",
-    source="config.json of Salesforce/instructblip-vicuna-7b, commit 92cb457; parameters counted on the stock class of "
-    "transformers 5.23; start and end token from memory of the published tokenizer (both </s>)",
+    source="config.json of Salesforce/instructblip-vicuna-7b, commit 92cb457; tokenizers from transformers' "
+    "convert_instructblip_original_to_pytorch.py; parameters counted on the stock class of transformers 5.23",
     architecture={
         "model_type": "instructblip",
         "image_token_index": 32001,
@@ -160,6 +160,7 @@ class InstructBlipFamily(ModelFamily):
             vocab_size=config["qformer_config"]["vocab_size"],
             roles={"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[CLS]", "sep_token": "[SEP]"},
         )
+        qformer_tokenizer.truncation_side = "left"
         image_processor = BlipImageProcessor if is_torchvision_available() else BlipImageProcessorPil
         return InstructBlipProcessor(
             image_processor(size={"height": facts.image_px, "width": facts.image_px}),
@@ -190,7 +191,10 @@ class InstructBlipFamily(ModelFamily):
         return [self.image_placeholder * int(processor.num_query_tokens)] * num_images
 
     def prompt_inputs(self, processor: Any, question: str, num_images: int) -> Mapping[str, Any]:
-        """The question in the Q-Former's tokens, int64 [images, question]; its end is cut beyond the position table."""
+        """The question in the Q-Former's tokens, int64 [images, question].
+
+        What its position table has no rows for is cut where its tokenizer says: the published one's at the beginning.
+        """
         tokenizer = processor.qformer_tokenizer
         limit = min(MAX_QUESTION_TOKENS, int(tokenizer.model_max_length))
         encoded = tokenizer([question] * num_images, truncation=True, max_length=limit, return_tensors="pt")
@@ -202,6 +206,19 @@ class InstructBlipFamily(ModelFamily):
         """
         language_model = base_model(model).get_submodule(self.modules.language_model)
         return language_model(**_language_inputs(base_model(model), inputs), use_cache=False).last_hidden_state
+
+    def own_inputs(self, model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`inputs`, for texts alone with a black image that no token takes the place of."""
+        if "pixel_values" in inputs:
+            return inputs
+        px = base_model(model).config.vision_config.image_size
+        question = inputs["input_ids"].new_zeros(1, 1)
+        return {
+            **inputs,
+            "pixel_values": question.new_zeros(1, 3, px, px).float(),
+            "qformer_input_ids": question,
+            "qformer_attention_mask": question + 1,
+        }
 
     def generate(self, model: Any, inputs: Mapping[str, Any], **arguments: Any) -> Any:
         """Ids that the language model writes after the prompts, int64 [batch, new tokens]; without an image too."""
