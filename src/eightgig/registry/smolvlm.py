@@ -126,8 +126,8 @@ class Idefics3Family(ModelFamily):
 
     Read in copies of the published files: SmolVLM2-500M's config, image settings and special tokens. From memory: the
     chat template of SmolVLM (1), that "\\n\\n" is one token, and that Idefics3-8B's vocabulary has no marks of rows
-    and columns but spells them. `num_image_tokens` counts each mark as one token, which is too few there; what the model
-    is given is right.
+    and columns but spells them. `num_image_tokens` counts each mark as one token, which is too few there; what the
+    model is given is right.
     """
 
     name = "idefics3"
