@@ -62,6 +62,6 @@ TINY = (
             ("Yes.<|im_end|>", True),
             ("\n", False),
         ),
-        caps_px=(20, 60, 500),
+        caps_px=(20, 60, 64),
     ),
 )

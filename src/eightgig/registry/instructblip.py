@@ -97,7 +97,8 @@ INSTRUCTBLIP_VICUNA_7B = ModelFacts(
 class InstructBlipFamily(ModelFamily):
     """Every image is squashed to one square and becomes as many tokens as the Q-Former has queries.
 
-    What an image becomes depends on the question, which goes to the Q-Former in its own tokens, once an image.
+    What an image becomes depends on the question, which goes to the Q-Former in its own tokens, once an image. So there
+    are no features of an image alone that could be kept and given in place of its pixels.
     """
 
     name = "instructblip"
@@ -115,7 +116,6 @@ class InstructBlipFamily(ModelFamily):
     chat_template = CHAT_TEMPLATE
     models = (INSTRUCTBLIP_VICUNA_7B,)
     image_layout = ImageLayout(padding={"qformer_input_ids": 0, "qformer_attention_mask": 0})
-    accepts_image_features = True
     processor_files = MappingProxyType(
         {**PROCESSOR_FILES, "Q-Former tokenizer": ("qformer_tokenizer/tokenizer.json", "qformer_tokenizer/vocab.txt")}
     )

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from eightgig.core.errors import ConfigError, Problem
 from eightgig.registry.facts import ModelFacts, ModulePaths
 from eightgig.registry.family import ModelFamily
 from eightgig.registry.processors import image_text_processor
@@ -104,7 +105,7 @@ def _side_of_tiles_px(num_tiles: int, tile_px: int) -> int:
 class InternVLFamily(ModelFamily):
     """An image is stretched onto the grid of tiles nearest to its shape; if it has several, one of the whole follows.
 
-    `data.image_size` caps the tiles at the area of a square of that side; it never allows more than the model's own.
+    `data.image_size` caps the tiles at the area of a square of that side, but for one tile at least.
     """
 
     name = "internvl"
@@ -134,8 +135,7 @@ class InternVLFamily(ModelFamily):
 
     def native_image_px(self, architecture: Mapping[str, Any], image_settings: Mapping[str, Any]) -> int:
         """The side of the square with the area of the most tiles."""
-        num_tiles = int(image_settings.get("max_patches") or MOST_TILES)
-        return _side_of_tiles_px(num_tiles, _tile_px(architecture, image_settings))
+        return _side_of_tiles_px(_most_tiles(image_settings), _tile_px(architecture, image_settings))
 
     def count_language_linears(self, architecture: Mapping[str, Any]) -> int:
         """Seven a layer for the text models known to have them."""
@@ -168,19 +168,25 @@ class InternVLFamily(ModelFamily):
         )
 
     def check_image_px(self, facts: ModelFacts, image_px: int) -> None:
-        """Accept any: `image_px_note` says how many tiles it comes to."""
+        """Raise ConfigError for no pixel at all, and for more tiles than the published processor lets through."""
+        most = _most_tiles(facts.image_settings)
+        if image_px < 1 or _tiles_in(image_px, _facts_tile_px(facts)) > most:
+            raise ConfigError(
+                [Problem("data.image_size", str(image_px), f"from 1 to {facts.image_px} px, the side of {most} tiles")],
+                source=f"{facts.name} with at most {most} tiles of {_facts_tile_px(facts)} px",
+                next_step=f"use a value in that range, or leave it out for all {most} tiles",
+            )
 
     def image_px_note(self, facts: ModelFacts, image_px: int) -> str:
         """How many tiles the setting lets through."""
-        most = min(_most_tiles(facts.image_settings), _tiles_in(image_px, _facts_tile_px(facts)))
-        tiles = f"{most} tiles, and one of the whole image," if most > 1 else "one tile"
+        most = _tiles_in(image_px, _facts_tile_px(facts))
+        tiles = f"up to {most} tiles, and one of the whole image," if most > 1 else "one tile"
         return f"data.image_size = {image_px} lets {tiles} of {_facts_tile_px(facts)} px through for each image"
 
     def num_image_tokens(self, facts: ModelFacts, image_px: int | None, *, width_px: int, height_px: int) -> int:
         """Tokens of all tiles, between a mark on each side."""
-        tile_px, most = _facts_tile_px(facts), _most_tiles(facts.image_settings)
-        if image_px is not None:
-            most = min(most, _tiles_in(image_px, tile_px))
+        tile_px = _facts_tile_px(facts)
+        most = _most_tiles(facts.image_settings) if image_px is None else _tiles_in(image_px, tile_px)
         fewest = int(facts.image_settings.get("min_patches") or 1)
         num_tiles = _num_grid_tiles(width_px, height_px, tile_px=tile_px, grids=_grids(fewest, most))
         return (num_tiles if num_tiles == 1 else num_tiles + 1) * _tokens_a_tile(facts) + 2
@@ -190,8 +196,7 @@ class InternVLFamily(ModelFamily):
         if image_px is None:
             return
         image_processor = processor.image_processor
-        tile_px = image_processor.size["height"]
-        image_processor.max_patches = min(image_processor.max_patches, _tiles_in(image_px, tile_px))
+        image_processor.max_patches = _tiles_in(image_px, image_processor.size["height"])
 
     def process_images(self, processor: Any, images: Sequence[Any]) -> Mapping[str, Any]:
         """pixel_values [tiles, 3, side, side], and the number of tiles of each image as plain numbers.

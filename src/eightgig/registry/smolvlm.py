@@ -125,8 +125,9 @@ class Idefics3Family(ModelFamily):
     comes last. `data.image_size` caps the longer side, rounded down to whole tiles; at one tile the image is not cut.
 
     Read in copies of the published files: SmolVLM2-500M's config, image settings and special tokens. From memory: the
-    chat template of SmolVLM (1), and that "\\n\\n" is one token. Idefics3-8B's vocabulary has no marks of rows and
-    columns, but spells them: it trains as it should, and `num_image_tokens` counts each mark as one token.
+    chat template of SmolVLM (1), that "\\n\\n" is one token, and that Idefics3-8B's vocabulary has no marks of rows
+    and columns but spells them. `num_image_tokens` counts each mark as one token, which is too few there; what the
+    model is given is right.
     """
 
     name = "idefics3"
