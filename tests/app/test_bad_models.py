@@ -155,7 +155,7 @@ MODELS = {
     missing_shard: (5, ["model-00002-of-00002.safetensors", "copy or download the model again"]),
     weights_of_another_size: (
         5,
-        ["do not fit its config.json", "gate_proj.weight has the shape (128, 64), not (192, 64)", "all from one place"],
+        ["do not fit its config.json", "down_proj.weight has the shape (64, 128), not (64, 192)", "all from one place"],
     ),
     tower_of_another_size: (
         5,

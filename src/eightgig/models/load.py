@@ -170,7 +170,7 @@ def _from_pretrained(
         )
     for name, shape, expected in sorted(loading["mismatched_keys"]):
         raise _other_shapes(spec, f"{name} has the shape {tuple(shape)}, not {tuple(expected)}")
-    _check_4bit_shapes(model, spec)
+    _check_layer_shapes(model, spec)
     unused = sorted(loading["unexpected_keys"])
     if unused:
         named = ", ".join(unused[:MAX_NAMED_KEYS])
@@ -197,13 +197,25 @@ def _check_weights_exist(folder: Path) -> None:
     )
 
 
-def _check_4bit_shapes(model: nn.Module, spec: ModelSpec) -> None:
-    """Raise UnsupportedModel where a 4-bit weight has not its layer's shape: transformers checks only the others."""
+def _check_layer_shapes(model: nn.Module, spec: ModelSpec) -> None:
+    """Raise UnsupportedModel where a weight has not its layer's shape.
+
+    transformers 5.23 checks all but 4-bit weights; 5.17 checks none when it quantises.
+    """
+    wrong = []
     for path, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit) and module.weight.quant_state is not None:
-            shape, expected = tuple(module.weight.quant_state.shape), (module.out_features, module.in_features)
-            if shape != expected:
-                raise _other_shapes(spec, f"{path}.weight has the shape {shape}, not {expected}")
+        if isinstance(module, nn.Linear):
+            expected = (module.out_features, module.in_features)
+        elif isinstance(module, nn.Embedding):
+            expected = (module.num_embeddings, module.embedding_dim)
+        else:
+            continue
+        is_4bit = isinstance(module, bnb.nn.Linear4bit) and module.weight.quant_state is not None
+        shape = tuple(module.weight.quant_state.shape if is_4bit else module.weight.shape)
+        if shape != expected:
+            wrong.append(f"{path}.weight has the shape {shape}, not {expected}")
+    if wrong:
+        raise _other_shapes(spec, min(wrong))
 
 
 def _other_shapes(spec: ModelSpec, what: str) -> UnsupportedModel:
