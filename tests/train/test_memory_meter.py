@@ -77,6 +77,7 @@ def test_without_a_gpu_it_is_the_resident_memory() -> None:
         block.write(b"x" * num_bytes)
         during = meter.now_bytes()
     assert during - meter.now_bytes() == pytest.approx(num_bytes, rel=0.2)
+    assert meter.record(RECEIPT, *_trained())["host_peak_rss_bytes"] >= during * 0.95
 
 
 def test_each_phase_keeps_its_highest(monkeypatch: pytest.MonkeyPatch) -> None:
