@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from eightgig.memory.device_use import DeviceUse
 from eightgig.models.receipt import Receipt, ReceiptRow
 from eightgig.train.memory_meter import MemoryMeter
 
@@ -99,18 +100,19 @@ def test_each_phase_keeps_its_highest(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """A stand-in for a card, its readings in bytes."""
-    readings = {"allocated": 2000, "max_allocated": 5000, "reserved": 5500, "max_reserved": 6000, "free": 1500}
+    readings = {"allocated": 2000, "max_allocated": 5000, "reserved": 5500, "max_reserved": 6000}
     answers: dict[str, Any] = {
         "reset_peak_memory_stats": lambda device: readings.update(max_allocated=readings["allocated"]),
         "memory_allocated": lambda device: readings["allocated"],
         "max_memory_allocated": lambda device: readings["max_allocated"],
         "memory_reserved": lambda device: readings["reserved"],
         "max_memory_reserved": lambda device: readings["max_reserved"],
-        "mem_get_info": lambda device: (readings["free"], 8000),
         "get_device_name": lambda device: "a card",
     }
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, answer)
+    use = DeviceUse(used_bytes=6500, total_bytes=8000, counts_other_programs=False)
+    monkeypatch.setattr("eightgig.train.memory_meter.device_use", lambda device: use)
     return readings
 
 
@@ -122,9 +124,10 @@ def test_categories_on_a_gpu_add_up_to_the_peak(card: dict[str, int]) -> None:
     categories = record["categories"]
     assert record["device"] == "a card"
     assert (record["peak_allocated_bytes"], record["peak_reserved_bytes"]) == (5000, 6000)
-    assert (record["device_used_bytes"], record["device_total_bytes"]) == (6500, 8000)
     assert categories["allocator overhead"] == 1000
     assert categories["CUDA context"] == 6500 - 5500
+    assert (record["device_used_bytes"], record["device_total_bytes"]) == (6000 + 1000, 8000)
+    assert record["counts_other_programs"] is False
     below_peak = [name for name in categories if name not in ("allocator overhead", "CUDA context")]
     assert sum(categories[name] for name in below_peak) == 5000
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from eightgig.memory.device_use import device_use
 from eightgig.models.receipt import Receipt
 
 
@@ -69,7 +70,8 @@ class MemoryMeter:
 
         Categories other than the first five are differences: activations are what the peak of training holds beyond
         weights, gradients and optimizer; the allocator's overhead is what it reserves beyond that; the CUDA context is
-        what the card shows as used beyond what PyTorch reserves (other programs on the card are counted with it).
+        what the driver counts for this process beyond what PyTorch reserves (`counts_other_programs` says where it
+        could only tell what the whole card has in use). `device_used_bytes` is that context and the peak reserved.
         """
         frozen = [row for row in receipt.rows if row.group != "adapters"]
         categories = {
@@ -85,18 +87,19 @@ class MemoryMeter:
             "host_peak_rss_bytes": _peak_rss_bytes(self._process),
         }
         if self.is_cuda:
-            free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)
+            use = device_use(self.device)
             peak_allocated_bytes = self.peak_bytes("allocated_bytes")
             peak_reserved_bytes = self.peak_bytes("reserved_bytes")
-            device_used_bytes = total_bytes - free_bytes
+            context_bytes = use.used_bytes - torch.cuda.memory_reserved(self.device)
             categories["activations and temporary"] = peak_allocated_bytes - sum(categories.values())
             categories["allocator overhead"] = peak_reserved_bytes - peak_allocated_bytes
-            categories["CUDA context"] = device_used_bytes - torch.cuda.memory_reserved(self.device)
+            categories["CUDA context"] = context_bytes
             record |= {
                 "peak_allocated_bytes": peak_allocated_bytes,
                 "peak_reserved_bytes": peak_reserved_bytes,
-                "device_used_bytes": device_used_bytes,
-                "device_total_bytes": total_bytes,
+                "device_used_bytes": peak_reserved_bytes + context_bytes,
+                "device_total_bytes": use.total_bytes,
+                "counts_other_programs": use.counts_other_programs,
             }
         return record | {"categories": categories}
 
