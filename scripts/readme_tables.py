@@ -58,6 +58,9 @@ CHINESE = {
     "peak RAM": "峰值内存",
     "speed": "速度",
     "trainer": "训练器",
+    "precision": "精度",
+    "tokens a step": "每步 token 数",
+    "device used": "显卡占用",
 }
 """What the tables say in English -> in Chinese. Every English word of a table must stand here."""
 
@@ -88,15 +91,18 @@ class Column:
 
 COLUMNS = (
     Column("model", "model"),
+    Column("precision", "precision"),
     Column("trainer", "trainer"),
     Column("seed", "seed"),
     Column("exact_match_before", "before"),
     Column("exact_match_after", "after"),
     Column("num_images", "images"),
     Column("num_steps", "steps"),
+    Column("num_tokens_a_step", "tokens a step"),
     Column("train_s", "training"),
     Column("peak_allocated_gib", "peak allocated"),
     Column("peak_reserved_gib", "peak reserved"),
+    Column("device_used_gib", "device used"),
     Column("host_peak_rss_bytes", "peak RAM"),
     Column("tokens_per_s", "speed"),
 )

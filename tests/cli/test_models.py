@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,30 @@ def test_an_unknown_model_names_the_nearest(capsys: pytest.CaptureFixture[str]) 
     code, out, err = run(capsys, "models", "show", "qwen3-vl-4")
     assert (code, out) == (5, "")
     assert "did you mean qwen3-vl-4b" in err
+
+
+def test_a_card_leaves_out_what_cannot_fit_and_says_what_the_rest_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "models", "--search", "llava-1.5", "--vram-gib", "8")
+    assert code == 0
+    heading, line, *rest = out.splitlines()
+    assert heading.split()[-3:] == ["at", "least", "licence"]
+    assert line.startswith("llava-1.5-7b ")
+    assert re.search(r"\d\.\d\d GiB  Llama", line)
+    assert "llava-1.5-13b" not in out
+    assert rest[-1].startswith("at least: ")
+
+
+def test_json_gives_the_least_bytes_of_a_card_in_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(run(capsys, "models", "--search", "llava-1.5", "--vram-gib", "16", "--json")[1])
+    assert [model["name"] for model in found] == ["llava-1.5-7b", "llava-1.5-13b"]
+    small, large = (model["least_device_bytes"] for model in found)
+    # 13.0 B language weights beside 6.6 B, at 0.516 bytes each (NF4 with double quantisation).
+    assert large - small == pytest.approx(6.2e9 * 0.516, rel=0.1)
+    assert json.loads(run(capsys, "models", "--search", "llava-1.5-7b", "--json")[1])[0]["least_device_bytes"] is None
+
+
+def test_a_card_that_is_too_small_for_all_gets_an_empty_list_that_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "models", "--search", "llava-1.5", "--vram-gib", "2")
+    assert code == 0
+    assert out.startswith("no model has 'llava-1.5' in its name, hub id, family or licence and leaves room on 2 GiB")
+    assert run(capsys, "models", "--vram-gib", "0")[0] == 2

@@ -41,7 +41,8 @@ def test_what_is_installed_lies_within_the_ranges(requirement: Requirement) -> N
 
 
 def test_no_cuda_package_is_pinned() -> None:
-    assert not [name for name in PINS if name.startswith(("nvidia", "cuda", "triton"))]
+    driver_interface = "nvidia-ml-py"  # pure Python, beside the driver
+    assert not [name for name in PINS if name.startswith(("nvidia", "cuda", "triton")) and name != driver_interface]
     assert "+" not in "".join(PINS.values())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,7 +22,12 @@ _HEADINGS = ("model", "parameters", "image tokens", "licence")
 app = typer.Typer(
     help="List the models known by name.\n\nAny other model goes by its folder or hub id; "
     "`eightgig models show` says what is derived for it.",
-    epilog=examples("eightgig models", "eightgig models --search qwen", "eightgig models show qwen2.5-vl-7b"),
+    epilog=examples(
+        "eightgig models",
+        "eightgig models --search qwen",
+        "eightgig models --vram-gib 8",
+        "eightgig models show qwen2.5-vl-7b",
+    ),
     invoke_without_command=True,
 )
 
@@ -34,6 +39,15 @@ def models(
         str | None,
         typer.Option(metavar="WORDS", help="Only models whose name, hub id, family or licence has all these words."),
     ] = None,
+    vram_gib: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GIB",
+            min=0.1,
+            help="Only models of which QLoRA (rank 8) takes less than this before any activation: weights, adapters, "
+            "their gradients and optimizer states, and the CUDA context.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all facts of each model as JSON.")] = False,
 ) -> None:
     """List the models known by name."""
@@ -42,13 +56,17 @@ def models(
     from eightgig.registry import all_specs
 
     specs = [spec for spec in all_specs() if search is None or matches(spec, search)]
+    least_bytes = None if vram_gib is None else least_bytes_below(specs, vram_gib)
+    if least_bytes is not None:
+        specs = [spec for spec in specs if spec.name in least_bytes]
     if as_json:
-        print_json([facts_of(spec) for spec in specs])
+        extra = least_bytes or {}
+        print_json([facts_of(spec) | {"least_device_bytes": extra.get(spec.name)} for spec in specs])
         return
-    for line in list_lines(specs):
+    for line in list_lines(specs, least_bytes):
         typer.echo(line)
     if not specs:
-        typer.echo(f"no model has {search!r} in its name, hub id, family or licence; `eightgig models` lists all")
+        typer.echo(_nothing_found(search, vram_gib))
 
 
 @app.command("show", epilog=examples("eightgig models show qwen2.5-vl-7b", "eightgig models show ./my-model --json"))
@@ -74,6 +92,15 @@ def matches(spec: ModelSpec, search: str) -> bool:
     facts = spec.facts
     text = " ".join((facts.name, *facts.aliases, facts.hub_id or "", spec.family.name, facts.licence)).lower()
     return all(word in text for word in search.lower().split())
+
+
+def least_bytes_below(specs: Sequence[ModelSpec], vram_gib: float) -> dict[str, int]:
+    """For each of `specs` that takes less than `vram_gib`: its name, and the bytes that QLoRA takes at least."""
+    from eightgig.core.units import GIB
+    from eightgig.models.least_memory import RANK, least_memory
+
+    least = {spec.name: least_memory(spec, RANK).total_bytes for spec in specs}
+    return {name: size for name, size in least.items() if size < vram_gib * GIB}
 
 
 def facts_of(spec: ModelSpec) -> dict[str, Any]:
@@ -109,21 +136,35 @@ def facts_of(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def list_lines(specs: Sequence[ModelSpec]) -> Iterator[str]:
+def list_lines(specs: Sequence[ModelSpec], least_bytes: Mapping[str, int] | None = None) -> Iterator[str]:
     """A line a model, in columns; a licence that is too long for its line is written out by `models show`."""
+    if not specs:
+        return
+    from eightgig.core.units import format_bytes
     from eightgig.report.wording import format_count
 
-    rows = [_HEADINGS] if specs else []
+    rows = [_HEADINGS if least_bytes is None else (*_HEADINGS[:3], "at least", _HEADINGS[3])]
     for spec in specs:
         count = format_count(spec.facts.num_parameters or None)
-        rows.append((spec.name, count, f"{_image_tokens(spec):,}", spec.facts.licence))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)] if rows else []
-    for name, parameters, tokens, licence in rows:
-        line = f"{name:<{widths[0]}}  {parameters:>{widths[1]}}  {tokens:>{widths[2]}}  {licence}"
+        least = () if least_bytes is None else (format_bytes(least_bytes[spec.name]),)
+        rows.append((spec.name, count, f"{_image_tokens(spec):,}", *least, spec.facts.licence))
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[1:-1]]
+    name_width = max(len(row[0]) for row in rows)
+    for name, *numbers, licence in rows:
+        columns = [f"{text:>{width}}" for text, width in zip(numbers, widths, strict=True)]
+        line = "  ".join([f"{name:<{name_width}}", *columns, licence])
         yield line if len(line) <= _WIDTH_CHARACTERS else f"{line[: _WIDTH_CHARACTERS - 1]}…"
-    if specs:
-        yield ""
-        yield f"image tokens: of a picture of {_shape(*_EXAMPLE_PX)} px, at the model's own image size"
+    yield ""
+    yield f"image tokens: of a picture of {_shape(*_EXAMPLE_PX)} px, at the model's own image size"
+    if least_bytes is not None:
+        yield "at least: what QLoRA takes on the card before any activation, which come on top"
+
+
+def _nothing_found(search: str | None, vram_gib: float | None) -> str:
+    found = [] if search is None else [f"has {search!r} in its name, hub id, family or licence"]
+    if vram_gib is not None:
+        found.append(f"leaves room on {vram_gib:g} GiB")
+    return f"no model {' and '.join(found)}; `eightgig models` lists all"
 
 
 def fact_lines(spec: ModelSpec) -> Iterator[str]:
