@@ -29,8 +29,9 @@ from eightgig.data.sources import load_samples
 from eightgig.evaluate.generate import generate_answers
 from eightgig.models.load import load_model
 from eightgig.registry import resolve
+from eightgig.step.build import build_compute
 from eightgig.train.events import SilentListener
-from eightgig.train.setup import build_compute, choose_place
+from eightgig.train.setup import choose_place
 
 WELL_FORMED = re.compile(r"\d{1,2}")  # a whole number; which ones there are is the task's to teach
 
@@ -67,7 +68,7 @@ def exact_match_without_sight(run: Path, work: Path) -> dict[str, float]:
             model,
             encoder,
             with_images(samples, shown),
-            build_compute(config, place),
+            build_compute(config, place.device, place.precision),
             batch_size=config.training.batch_size,
             max_new_tokens=config.validation.max_new_tokens,
         )

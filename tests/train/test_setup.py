@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from eightgig.config import MixedPrecision, TrainingConfig
 from eightgig.core.errors import ConfigError, EnvironmentProblem
 from eightgig.models.precision import DTYPES, Precision
-from eightgig.train.setup import Place, build_compute, choose_place
+from eightgig.step.build import build_compute
+from eightgig.train.setup import Place, choose_place
 
 QLORA: dict[str, Any] = {}
 LORA = {"quantization": {"load_in_4bit": False}}
@@ -74,6 +75,6 @@ def test_autocast_only_where_weights_are_wider_than_the_computation(
     monkeypatch.setattr(Place, "device", torch.device(device))
     word = MixedPrecision(precision)
     place = Place(Accelerator(cpu=True), Precision(DTYPES[word], word, None))
-    compute = build_compute(_config({**training, "loss_chunk_tokens": 77}), place)
+    compute = build_compute(_config({**training, "loss_chunk_tokens": 77}), place.device, place.precision)
     assert (compute.input_dtype, compute.autocast_dtype) == (weights, autocast)
     assert (compute.device.type, compute.loss_chunk_tokens) == (device, 77)

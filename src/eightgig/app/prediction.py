@@ -22,8 +22,9 @@ from eightgig.evaluate.generate import answer_prompts
 from eightgig.models.load import load_model
 from eightgig.models.trainable import ADAPTER_FOLDER
 from eightgig.registry import resolve
+from eightgig.step.build import build_compute
 from eightgig.train.run_folder import RunFolder
-from eightgig.train.setup import build_compute, choose_place
+from eightgig.train.setup import choose_place
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -87,7 +88,11 @@ def predict(
             next_step="ask in fewer words",
         )
     (answer,) = answer_prompts(
-        loaded.model, encoder, [prompt], build_compute(config, place), max_new_tokens=max_new_tokens
+        loaded.model,
+        encoder,
+        [prompt],
+        build_compute(config, place.device, place.precision),
+        max_new_tokens=max_new_tokens,
     )
     return Prediction(answer, spec.name, source.adapter)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from eightgig import __version__
-from eightgig.cli import config, demo, inspect, models, predict, report, train
+from eightgig.cli import config, demo, inspect, models, plan, predict, report, train
 from eightgig.cli.examples import examples
 from eightgig.cli.session import session_of, start_logging
 
@@ -43,6 +43,7 @@ def _global_options(
 
 
 app.command("train", epilog=train.EXAMPLES)(train.train)
+app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("predict", epilog=predict.EXAMPLES)(predict.predict)
 app.command("report", epilog=report.EXAMPLES)(report.report)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)

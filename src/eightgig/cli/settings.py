@@ -1,4 +1,4 @@
-"""From the options of `train` and `config show` to a resolved configuration. Defaults < preset < file < options."""
+"""From options (`train`, `plan`, `config show`) to a resolved configuration. Defaults < preset < file < options."""
 
 from __future__ import annotations
 

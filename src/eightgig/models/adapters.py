@@ -45,7 +45,7 @@ def attach_adapters(loaded: LoadedModel, config: TrainingConfig) -> None:
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive_seed(config.seed, "lora"))
-        loaded.model = get_peft_model(loaded.model, _peft_config(lora, pattern, config.model.revision))
+        loaded.model = get_peft_model(loaded.model, peft_config(lora, pattern, config.model.revision))
     num_adapted = sum(isinstance(module, LoraLayer) for module in loaded.model.modules())
     if num_adapted != len(targets):
         raise UnsupportedModel(
@@ -135,7 +135,8 @@ def _gradient_error(found: str) -> EnvironmentProblem:
     )
 
 
-def _peft_config(lora: LoRAConfig, pattern: str, revision: str | None) -> LoraConfig:
+def peft_config(lora: LoRAConfig, pattern: str, revision: str | None) -> LoraConfig:
+    """PEFT's settings for adapters on the layers that `pattern` matches, of a base model at `revision`."""
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

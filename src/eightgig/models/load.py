@@ -92,17 +92,22 @@ def load_model(config: TrainingConfig, spec: ModelSpec, device: torch.device, pr
         else:
             model = _from_pretrained(config, spec, device, dtype, quantization)
         processor = load_processor(config, spec)
+    prepare_model(model, processor, spec, config, dtype)
+    receipt = make_receipt(model, spec, config)
+    receipt.check()
+    return LoadedModel(model, processor, spec, receipt, precision, device)
+
+
+def prepare_model(model: Any, processor: Any, spec: ModelSpec, config: TrainingConfig, dtype: torch.dtype) -> None:
+    """Make a model as it was built or loaded in `dtype` ready to train: image size, fp32 islands, what is frozen."""
     disable_cpu_repacking(model)
-    spec.family.apply_image_px(model, processor, image_px)
+    spec.family.apply_image_px(model, processor, config.data.image_size)
     if dtype is torch.float16:
         run_in_fp32(model, spec.family.fp32_in_fp16)
     model.config.get_text_config().use_cache = False  # generate asks for its cache itself
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     _freeze(model, spec, config.training.method)
-    receipt = make_receipt(model, spec, config)
-    receipt.check()
-    return LoadedModel(model, processor, spec, receipt, precision, device)
 
 
 def weight_dtype(method: TrainingMethod, device: torch.device, precision: Precision) -> torch.dtype:

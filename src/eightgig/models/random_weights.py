@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # Llama's and CLIP's initializer_range (transformers' configs): activations stay finite in 16 bits at any depth.
 STANDARD_DEVIATION = 0.02
 
+Fill = Callable[[nn.Parameter, str], nn.Parameter]
+
 
 def build_random(
     spec: ModelSpec, *, seed: int, device: torch.device, dtype: torch.dtype, quantization_config: Any | None
@@ -38,6 +40,17 @@ def build_random(
         dtype: of everything that is not 4-bit.
         quantization_config: a `BitsAndBytesConfig`, or None for no 4-bit weights.
     """
+
+    def fill(parameter: nn.Parameter, name: str) -> nn.Parameter:
+        return _filled(parameter, name, seed, device, dtype)
+
+    return build_filled(spec, fill, device=device, dtype=dtype, quantization_config=quantization_config)
+
+
+def build_filled(
+    spec: ModelSpec, fill: Fill, *, device: torch.device, dtype: torch.dtype, quantization_config: Any | None
+) -> Any:
+    """The transformers model of `spec`, each parameter being what `fill` makes of its place on meta and its name."""
     # Buffers are not part of a checkpoint: the constructor computes them for real, on the CPU, as transformers does.
     with init_empty_weights(include_buffers=False):
         model = AutoModelForImageTextToText.from_config(
@@ -47,8 +60,8 @@ def build_random(
     if quantization_config is not None:
         quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
         quantizer.preprocess_model(model, device_map={"": device}, dtype=dtype)
-    model.tie_weights()  # so that a tied head is not drawn beside the embeddings
-    _fill(model, seed, device, dtype)
+    model.tie_weights()  # so that a tied head is not filled beside the embeddings
+    _fill(model, fill, device)
     model.tie_weights()
     if quantizer is not None:
         quantizer.postprocess_model(model)
@@ -68,15 +81,14 @@ def random_tensor(name: str, shape: Sequence[int], *, seed: int, device: torch.d
     return values.normal_(0.0, STANDARD_DEVIATION, generator=generator)
 
 
-def _fill(model: nn.Module, seed: int, device: torch.device, dtype: torch.dtype) -> None:
+def _fill(model: nn.Module, fill: Fill, device: torch.device) -> None:
     done: set[int] = set()  # tied weights are one parameter under two names; the first one fills it
     for path, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in done:
                 continue
             done.add(id(parameter))
-            full_name = f"{path}.{name}" if path else name
-            setattr(module, name, _filled(parameter, full_name, seed, device, dtype))
+            setattr(module, name, fill(parameter, f"{path}.{name}" if path else name))
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
 

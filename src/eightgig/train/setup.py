@@ -8,22 +8,20 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from eightgig.config import MixedPrecision, TrainingConfig
+from eightgig.config import TrainingConfig
 from eightgig.core.errors import ConfigError, EnvironmentProblem, Problem
 from eightgig.data.encode import Encoder
 from eightgig.data.order import StepOrder
 from eightgig.memory.cap import limit_allocator
 from eightgig.memory.checkpointing import checkpoint_layers
 from eightgig.models.adapters import adapted_layers, attach_adapters
-from eightgig.models.load import load_model, load_processor, weight_dtype
+from eightgig.models.load import load_model, load_processor
 from eightgig.models.precision import Precision, choose_precision
-from eightgig.models.trainable import trainable_parameters
 from eightgig.registry import ModelSpec, resolve
-from eightgig.step.step import Compute, TrainingStep
+from eightgig.step.build import build_compute, build_step
 from eightgig.train.datasets import check_data, read_data
 from eightgig.train.events import TrainingListener
 from eightgig.train.memory_meter import MemoryMeter
-from eightgig.train.optimizer import build_optimizer, build_scheduler
 from eightgig.train.run import Run
 from eightgig.train.run_folder import RunFolder
 
@@ -97,7 +95,14 @@ def build_run(config: TrainingConfig, place: Place, folder: RunFolder, listener:
     training = config.training
     order = StepOrder(len(data.train), training.batch_size, training.gradient_accumulation_steps, config.seed)
     num_steps = training.max_steps or order.steps_per_epoch * training.num_epochs
-    step = _build_step(config, place, spec, loaded.model, num_steps)
+    step = build_step(
+        config,
+        spec,
+        loaded.model,
+        build_compute(config, place.device, place.precision),
+        num_steps=num_steps,
+        sum_over_processes=place.sum_over_processes if place.accelerator.num_processes > 1 else None,
+    )
     return Run(
         config=config,
         accelerator=place.accelerator,
@@ -108,18 +113,6 @@ def build_run(config: TrainingConfig, place: Place, folder: RunFolder, listener:
         num_steps=num_steps,
         step=step,
         meter=MemoryMeter(place.device),
-    )
-
-
-def build_compute(config: TrainingConfig, place: Place) -> Compute:
-    """How a forward pass of `config` runs at `place`: autocast only where weights are kept wider than they compute."""
-    dtype = weight_dtype(config.training.method, place.device, place.precision)
-    compute_dtype = place.precision.compute_dtype
-    return Compute(
-        device=place.device,
-        input_dtype=dtype,
-        autocast_dtype=None if dtype == compute_dtype else compute_dtype,
-        loss_chunk_tokens=config.training.loss_chunk_tokens,
     )
 
 
@@ -139,22 +132,3 @@ def _build_encoder(config: TrainingConfig, spec: ModelSpec) -> Encoder:
     processor = load_processor(config, spec)
     spec.family.apply_image_px(None, processor, image_px)
     return Encoder(processor, spec.family, max_length=config.data.max_length)
-
-
-def _build_step(
-    config: TrainingConfig, place: Place, spec: ModelSpec, model: torch.nn.Module, num_steps: int
-) -> TrainingStep:
-    trainable = trainable_parameters(model)
-    optimizer = build_optimizer(config.training, trainable.values(), place.device)
-    is_fp16 = place.precision.mixed_precision is MixedPrecision.FP16
-    return TrainingStep(
-        model=model,
-        family=spec.family,
-        compute=build_compute(config, place),
-        trainable=trainable,
-        optimizer=optimizer,
-        scheduler=build_scheduler(config.training, optimizer, num_steps),
-        max_grad_norm=config.training.max_grad_norm,
-        scaler=torch.amp.GradScaler(place.device.type) if is_fp16 else None,
-        sum_over_processes=place.sum_over_processes if place.accelerator.num_processes > 1 else None,
-    )

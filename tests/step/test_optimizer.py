@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from eightgig.config import OptimizerName, TrainingHyperparameters
-from eightgig.train.optimizer import build_optimizer, build_scheduler, learning_rate_factor
+from eightgig.step.optimizer import build_optimizer, build_scheduler, learning_rate_factor
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,124 @@
+"""A run's allocations and frees in order, as a simulator writes them and an allocator reads them."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from eightgig.plan.blocks import round_size
+
+FREED = -1
+"""Stands in `MemoryTrace.sizes_bytes` where a block is freed."""
+
+CACHE_EMPTIED = 0
+"""Stands in `MemoryTrace.sizes_bytes` where `torch.cuda.empty_cache` is called (the block is then -1)."""
+
+UNNAMED_PHASE = "start"
+"""The phase of the events before the first mark."""
+
+
+def _int64() -> array[int]:
+    return array("q")
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryTrace:
+    """Allocations, frees and emptied caches of one run, divided by marks into phases.
+
+    An event is one place in `blocks` and `sizes_bytes`: two flat arrays, as a run has hundreds of thousands.
+    Blocks are numbered from 0 in the order of their allocation; a number is never used twice.
+
+    Attributes:
+        blocks: int64, the block of each event, -1 where the cache is emptied.
+        sizes_bytes: int64, as requested (not rounded) where a block is allocated, else FREED or CACHE_EMPTIED.
+        marks: (event, name): the phase `name` begins before that event. Names may come again.
+    """
+
+    blocks: array[int] = field(default_factory=_int64)
+    sizes_bytes: array[int] = field(default_factory=_int64)
+    marks: list[tuple[int, str]] = field(default_factory=list)
+    _live: bytearray = field(default_factory=bytearray, repr=False)
+    _empty_blocks: set[int] = field(default_factory=set, repr=False)
+
+    def __len__(self) -> int:
+        """How many events there are; marks and blocks of zero bytes are none."""
+        return len(self.blocks)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Each event as (block, size in bytes, FREED or CACHE_EMPTIED)."""
+        return zip(self.blocks, self.sizes_bytes, strict=True)
+
+    def alloc(self, size_bytes: int) -> int:
+        """Allocate a block of `size_bytes` and return its number. Zero bytes give a number but no event, as in PyTorch.
+
+        Raises:
+            ValueError: `size_bytes` is negative.
+        """
+        if size_bytes < 0:
+            raise ValueError(f"a block of {size_bytes} bytes: expected 0 or more")
+        block = len(self._live)
+        self._live.append(1)
+        if size_bytes == 0:
+            self._empty_blocks.add(block)
+        else:
+            self.blocks.append(block)
+            self.sizes_bytes.append(size_bytes)
+        return block
+
+    def free(self, block: int) -> None:
+        """Free a block.
+
+        Raises:
+            ValueError: it is freed already, or was never allocated.
+        """
+        if not 0 <= block < len(self._live):
+            raise ValueError(f"block {block} is freed but was never allocated")
+        if not self._live[block]:
+            raise ValueError(f"block {block} is freed twice")
+        self._live[block] = 0
+        if block not in self._empty_blocks:
+            self.blocks.append(block)
+            self.sizes_bytes.append(FREED)
+
+    def empty_cache(self) -> None:
+        """Record a call of `torch.cuda.empty_cache`."""
+        self.blocks.append(-1)
+        self.sizes_bytes.append(CACHE_EMPTIED)
+
+    def mark(self, name: str) -> None:
+        """Begin the phase `name` here."""
+        self.marks.append((len(self.blocks), name))
+
+    def phases(self) -> Iterator[tuple[str, int, int]]:
+        """Each phase in order: its name, its first event, and the event after its last one.
+
+        Events before the first mark are the phase UNNAMED_PHASE; a phase may hold no event.
+        """
+        marks = list(self.marks)
+        if not marks or marks[0][0] > 0:
+            marks.insert(0, (0, UNNAMED_PHASE))
+        ends = [first for first, _ in marks[1:]] + [len(self)]
+        for (first, name), end in zip(marks, ends, strict=True):
+            yield name, first, end
+
+    def live_bytes(self) -> list[tuple[str, int]]:
+        """The most bytes that were live at once in each phase, each block rounded up to 512 bytes.
+
+        The count at a phase's beginning belongs to it. PyTorch's `max_memory_allocated` lies above by what
+        its allocator leaves in blocks that it doesn't split.
+        """
+        rounded_bytes: dict[int, int] = {}
+        live_bytes = 0
+        peaks = []
+        for name, first, end in self.phases():
+            peak_bytes = live_bytes
+            for block, size_bytes in zip(self.blocks[first:end], self.sizes_bytes[first:end], strict=True):
+                if size_bytes > 0:
+                    rounded_bytes[block] = round_size(size_bytes)
+                    live_bytes += rounded_bytes[block]
+                    peak_bytes = max(peak_bytes, live_bytes)
+                elif size_bytes == FREED:
+                    live_bytes -= rounded_bytes.pop(block)
+            peaks.append((name, peak_bytes))
+        return peaks

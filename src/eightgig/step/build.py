@@ -1,0 +1,60 @@
+"""The step that a config asks for, around a model that is ready to train."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from eightgig.models.load import weight_dtype
+from eightgig.models.precision import Precision
+from eightgig.models.trainable import trainable_parameters
+from eightgig.step.optimizer import build_optimizer, build_scheduler
+from eightgig.step.step import Compute, SumOverProcesses, TrainingStep
+
+if TYPE_CHECKING:
+    from eightgig.config import TrainingConfig
+    from eightgig.registry import ModelSpec
+
+
+def build_compute(config: TrainingConfig, device: torch.device, precision: Precision) -> Compute:
+    """How a forward pass of `config` runs on `device`: autocast only where weights are kept wider than they compute."""
+    dtype = weight_dtype(config.training.method, device, precision)
+    compute_dtype = precision.compute_dtype
+    return Compute(
+        device=device,
+        input_dtype=dtype,
+        autocast_dtype=None if dtype == compute_dtype else compute_dtype,
+        loss_chunk_tokens=config.training.loss_chunk_tokens,
+    )
+
+
+def build_step(
+    config: TrainingConfig,
+    spec: ModelSpec,
+    model: nn.Module,
+    compute: Compute,
+    *,
+    num_steps: int,
+    optimizer_device: torch.device | None = None,
+    sum_over_processes: SumOverProcesses | None = None,
+) -> TrainingStep:
+    """The step over `model`, with the optimizer and the schedule of `config` over `num_steps` steps.
+
+    `optimizer_device` is the one whose optimizer `auto` means; by default that of `compute`.
+    """
+    trainable = trainable_parameters(model)
+    optimizer = build_optimizer(config.training, trainable.values(), optimizer_device or compute.device)
+    is_fp16 = (compute.autocast_dtype or compute.input_dtype) is torch.float16
+    return TrainingStep(
+        model=model,
+        family=spec.family,
+        compute=compute,
+        trainable=trainable,
+        optimizer=optimizer,
+        scheduler=build_scheduler(config.training, optimizer, num_steps),
+        max_grad_norm=config.training.max_grad_norm,
+        scaler=torch.amp.GradScaler(compute.device.type) if is_fp16 else None,
+        sum_over_processes=sum_over_processes,
+    )
