@@ -30,6 +30,7 @@ HOPPER = (9, 0)
 LT_WORKSPACE_BYTES = 1 * MIB
 FUSED_GEMM_MAX_ROWS = 4  # bitsandbytes' _GEMM_4BIT_CUSTOM_FLOOR_M: below, no 16-bit copy of the weight is made
 SCALE_BYTES = 4
+_BIAS, _NESTED_SCALES = (6, "bias"), (7, "absmax_8bit")  # arguments of gemm_4bit: their places and names
 
 
 class CudaRules:
@@ -45,7 +46,7 @@ class CudaRules:
         self, func: Any, args: tuple[Any, ...], keywords: Mapping[str, Any], trace: MemoryTrace
     ) -> Iterator[None]:
         """Around the operation `func` and its outputs: what its kernel takes while it runs."""
-        self._take_workspaces(func, keywords, trace)
+        self._take_workspaces(func, args, keywords, trace)
         taken = []
         if func is _GEMM_4BIT and math.prod(args[0].shape[:-1]) > FUSED_GEMM_MAX_ROWS:
             taken = self._dequantised(args, keywords, trace)
@@ -55,9 +56,11 @@ class CudaRules:
         for block in reversed(taken):
             trace.free(block)
 
-    def _take_workspaces(self, func: Any, keywords: Mapping[str, Any], trace: MemoryTrace) -> None:
+    def _take_workspaces(
+        self, func: Any, args: tuple[Any, ...], keywords: Mapping[str, Any], trace: MemoryTrace
+    ) -> None:
         """CuBLAS keeps a workspace for each thread that multiplies; the backward pass has a thread of its own."""
-        has_bias = func in _PRODUCTS_WITH_BIAS or (func is _GEMM_4BIT and keywords.get("bias") is not None)
+        has_bias = func in _PRODUCTS_WITH_BIAS or (func is _GEMM_4BIT and _given(args, keywords, _BIAS))
         if not (has_bias or func in _PRODUCTS or func is _GEMM_4BIT):
             return
         is_backward = torch._C._current_graph_task_id() != -1
@@ -72,9 +75,15 @@ class CudaRules:
         inputs, _, (num_rows, num_columns), _, blocksize = args[:5]
         num_parameters = num_rows * num_columns
         taken = []
-        if keywords.get("absmax_8bit") is not None:
+        if _given(args, keywords, _NESTED_SCALES):
             taken += [trace.alloc(num_parameters // blocksize * SCALE_BYTES) for _ in range(2)]
         return [*taken, trace.alloc(num_parameters * inputs.element_size())]
+
+
+def _given(args: tuple[Any, ...], keywords: Mapping[str, Any], argument: tuple[int, str]) -> bool:
+    """Whether an optional argument has a value; the dispatcher hands over by place what was given by name."""
+    place, name = argument
+    return (args[place] if place < len(args) else keywords.get(name)) is not None
 
 
 def _attention_workspace_bytes(args: tuple[Any, ...]) -> int:

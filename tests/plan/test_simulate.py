@@ -1,0 +1,99 @@
+"""The simulated run beside the same code on real tensors, and beside runs measured on a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.plan_accuracy import MEASURED, predict, read_samples, write_data
+from tests.tiny import build_tiny_llava
+
+from eightgig.config import MixedPrecision, TrainingConfig
+from eightgig.memory.checkpointing import checkpoint_layers
+from eightgig.models.adapters import attach_adapters
+from eightgig.models.load import load_model
+from eightgig.models.precision import Precision
+from eightgig.plan.cuda_rules import CudaRules
+from eightgig.plan.recorder import Recorder
+from eightgig.plan.simulate import simulate
+from eightgig.plan.trace import FREED, MemoryTrace
+from eightgig.plan.workload import largest_workload
+from eightgig.registry import ModelSpec, resolve
+from eightgig.step.build import build_compute, build_step
+
+CARD = (8, 6)
+FP32 = Precision(compute_dtype=torch.float32, mixed_precision=MixedPrecision.FP32, note=None)
+
+
+def growth_of_training(trace: MemoryTrace) -> list[int]:
+    """For each phase `train`: the most bytes live beyond those at the first one's beginning."""
+    peaks, sizes, live, base = [], {}, 0, None
+    marks = dict(trace.marks)
+    for index, (block, size) in enumerate(trace):
+        if marks.get(index) == "train":
+            base = live if base is None else base
+            peaks.append(0)
+        elif index in marks:
+            base = base if base is None else -1
+        if size == FREED:
+            live -= sizes.pop(block)
+        else:
+            sizes[block] = size
+            live += size
+        if peaks and base != -1:
+            peaks[-1] = max(peaks[-1], live - base)
+    return peaks
+
+
+def real_trace(config: TrainingConfig, spec: ModelSpec) -> MemoryTrace:
+    """Two steps of `config` with real weights on the CPU, recorded."""
+    device = torch.device("cpu")
+    loaded = load_model(config, spec, device, FP32)
+    attach_adapters(loaded, config)
+    if config.hardware.gradient_checkpointing:
+        checkpoint_layers(loaded.model, spec.family.decoder_layers(loaded.model), preserve_rng_state=False)
+    step = build_step(config, spec, loaded.model, build_compute(config, device, FP32), num_steps=2)
+    batch = largest_workload(config, spec).batch
+    trace = MemoryTrace()
+    recorder = Recorder(trace, CudaRules(CARD))
+    with recorder:
+        recorder._note([*loaded.model.parameters(), *loaded.model.buffers()])  # else a view of one would count as new
+        # The simulated run has its workspaces from validation.
+        torch.addmm(torch.ones(1), torch.ones(1, 1), torch.ones(1, 1))
+        for _ in range(2):
+            trace.mark("train")
+            step([batch], batch.num_target_tokens)
+            step.apply(step.finish_gradients())
+        trace.mark("end")
+    return trace
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_fake_tensors_take_what_real_ones_take(checkpointing: bool, tmp_path: Path) -> None:
+    config = TrainingConfig.model_validate(
+        {
+            "model": {"name": str(build_tiny_llava(tmp_path / "model", image_px=32))},
+            "data": {"max_length": 48},
+            "training": {
+                "batch_size": 3,
+                "gradient_accumulation_steps": 1,
+                "optimizer": "adamw_8bit",
+                "lora": {"dropout": 0.0},
+            },
+            "hardware": {"gradient_checkpointing": checkpointing},
+        }
+    )
+    spec = resolve(config.model.name)
+    simulated = simulate(config, spec, largest_workload(config, spec), FP32, CARD)
+    assert growth_of_training(simulated.trace) == growth_of_training(real_trace(config, spec))
+
+
+@pytest.mark.parametrize("model", ["smolvlm2-2.2b", "qwen-vl-chat"])
+def test_it_says_what_a_gpu_took(model: str, tmp_path: Path) -> None:
+    runs = json.loads(MEASURED.read_text())["figures"]["runs"]
+    run = next(run for run in runs if (run["model"], run["precision"]) == (model, "bf16"))
+    row = predict(run, read_samples(write_data(tmp_path / "data")))
+    assert abs(row["allocated_error"]) < 0.01
+    assert abs(row["reserved_error"]) < 0.03
