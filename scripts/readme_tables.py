@@ -61,6 +61,10 @@ CHINESE = {
     "precision": "精度",
     "tokens a step": "每步 token 数",
     "device used": "显卡占用",
+    "planned allocated": "规划已分配",
+    "planned reserved": "规划保留",
+    "error of allocated": "已分配误差",
+    "error of reserved": "保留误差",
 }
 """What the tables say in English -> in Chinese. Every English word of a table must stand here."""
 
@@ -78,6 +82,8 @@ class Column:
             return "–"
         if self.key.startswith("exact_match"):
             return format_share(value)
+        if self.key.endswith("_error"):
+            return f"`{value:+.2%}`"
         if self.key.endswith("_gib"):
             return f"{value:.2f} GiB"
         if self.key.endswith("_bytes"):
@@ -100,8 +106,12 @@ COLUMNS = (
     Column("num_steps", "steps"),
     Column("num_tokens_a_step", "tokens a step"),
     Column("train_s", "training"),
+    Column("planned_allocated_gib", "planned allocated"),
     Column("peak_allocated_gib", "peak allocated"),
+    Column("allocated_error", "error of allocated"),
+    Column("planned_reserved_gib", "planned reserved"),
     Column("peak_reserved_gib", "peak reserved"),
+    Column("reserved_error", "error of reserved"),
     Column("device_used_gib", "device used"),
     Column("host_peak_rss_bytes", "peak RAM"),
     Column("tokens_per_s", "speed"),
