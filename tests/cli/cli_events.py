@@ -13,6 +13,16 @@ import eightgig.app
 from eightgig.cli.entry import run_command
 from eightgig.train.events import RunOutcome, RunStart
 
+PLAN = {
+    "model": "m",
+    "method": "qlora",
+    "gpu": "RTX 4060",
+    "budget_bytes": 7 << 30,
+    "fits": True,
+    "peak": {"allocated_bytes": 5 << 30, "reserved_bytes": 6 << 30, "device_bytes": 13 << 29, "moment": "train"},
+    "breakdown": {"4-bit weights": 6 << 30, "CUDA context": 1 << 29},
+    "workload": {"num_samples": 1, "num_tokens": 1088},
+}
 RECEIPT_ROWS: tuple[dict[str, Any], ...] = (
     {"group": "language linears", "module_class": "Linear4bit", "num_modules": 224, "num_trainable": 0}
     | {"num_parameters": 6_476_005_376, "storage_dtype": "uint8", "is_4bit": True}

@@ -14,22 +14,12 @@ from typing import Any
 from unittest.mock import create_autospec
 
 import pytest
-from cli_events import RECEIPT, RECEIPT_ROWS, Calls, run, run_outcome
+from cli_events import PLAN, RECEIPT, RECEIPT_ROWS, Calls, run, run_outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_OUTCOME = SimpleNamespace(
     before=0.1, after=0.9, num_images=200, adapter_folder="a", report_path="r", train_s=9, next_commands=("c",)
 )
-PLAN = {
-    "model": "m",
-    "method": "qlora",
-    "gpu": "RTX 4060",
-    "budget_bytes": 7 << 30,
-    "fits": True,
-    "peak": {"allocated_bytes": 5 << 30, "reserved_bytes": 6 << 30, "device_bytes": 13 << 29, "moment": "train"},
-    "breakdown": {"4-bit weights": 6 << 30, "CUDA context": 1 << 29},
-    "workload": {"num_samples": 1, "num_tokens": 1088},
-}
 PREDICTION = SimpleNamespace(answer="7", model="m", adapter=None)
 
 
