@@ -38,7 +38,7 @@ def attach_adapters(loaded: LoadedModel, config: TrainingConfig) -> None:
     lora = config.training.lora
     if lora is None:
         return
-    pattern = lora.target_modules if lora.target_modules is not None else loaded.spec.family.lora_pattern
+    pattern = target_pattern(lora, loaded.spec)
     targets = target_paths(loaded.model, pattern)
     if lora.target_modules is None:
         _check_count(len(targets), loaded.spec)
@@ -55,6 +55,11 @@ def attach_adapters(loaded: LoadedModel, config: TrainingConfig) -> None:
         )
     loaded.receipt = make_receipt(loaded.model, loaded.spec, config)
     loaded.receipt.check()
+
+
+def target_pattern(lora: LoRAConfig, spec: ModelSpec) -> str:
+    """The pattern of the layers that carry adapters: the user's, else the family's."""
+    return spec.family.lora_pattern if lora.target_modules is None else lora.target_modules
 
 
 def adapted_layers(model: Any) -> dict[str, int]:

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from eightgig.models.adapters import peft_config
+from eightgig.models.adapters import peft_config, target_pattern
 from eightgig.models.load import prepare_model, weight_dtype
 from eightgig.models.precision import Precision
 from eightgig.models.quantization import quantization_config
@@ -45,8 +45,7 @@ def build_fake(
     lora = config.training.lora
     if lora is None:
         return model
-    pattern = lora.target_modules if lora.target_modules is not None else spec.family.lora_pattern
-    model = get_peft_model(model, peft_config(lora, pattern, None), low_cpu_mem_usage=True)
+    model = get_peft_model(model, peft_config(lora, target_pattern(lora, spec), None), low_cpu_mem_usage=True)
     with fakes, recorder:
         _fill_adapters(model, dtype)
     return model

@@ -10,14 +10,13 @@ from torch import nn
 
 from eightgig.evaluate.generate import generate_answers
 from eightgig.evaluate.loss import validation_loss
-from eightgig.memory.checkpointing import checkpoint_layers
 from eightgig.models.precision import Precision
 from eightgig.plan.cuda_rules import CudaRules
 from eightgig.plan.fake_model import CPU, CUDA, build_fake
 from eightgig.plan.recorder import Recorder
 from eightgig.plan.trace import MemoryTrace
 from eightgig.plan.workload import Workload
-from eightgig.step.build import build_compute, build_step
+from eightgig.step.build import build_compute, build_step, checkpoint_as_configured
 from eightgig.step.step import Compute
 
 if TYPE_CHECKING:
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
     from eightgig.registry import ModelSpec
 
 NUM_STEPS = 2  # optimizer states appear in the first; the second is what all later ones are like
+
+MAX_MICRO_BATCHES = 2  # the first makes the gradients, the second finds them there, as all later ones do
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,16 @@ def simulate(
     trace.mark("load")
     model = build_fake(config, spec, work.processor, precision, recorder)
     lora = config.training.lora
-    if config.hardware.gradient_checkpointing:
-        has_dropout = lora is not None and lora.dropout > 0
-        checkpoint_layers(model, spec.family.decoder_layers(model), preserve_rng_state=has_dropout)
+    checkpoint_as_configured(config, spec, model)
     compute = replace(build_compute(config, CUDA, precision), device=CPU)
     step = build_step(config, spec, model, compute, num_steps=NUM_STEPS, optimizer_device=CUDA)
-    num_micro_batches = config.training.gradient_accumulation_steps
+    num_micro_batches = min(config.training.gradient_accumulation_steps, MAX_MICRO_BATCHES)
     with recorder:
         trace.mark("validate")
         _validate(model, spec, work, compute, recorder)
         for _ in range(NUM_STEPS):
             trace.mark("train")
-            step([work.batch] * min(num_micro_batches, 2), work.batch.num_target_tokens)
+            step([work.batch] * num_micro_batches, work.batch.num_target_tokens)
             step.apply(step.finish_gradients())
         trace.mark("validate")
         _validate(model, spec, work, compute, recorder)

@@ -1,4 +1,4 @@
-"""The step that a config asks for, around a model that is ready to train."""
+"""The step that a config asks for, and the levers on the model that it is built around."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from eightgig.memory.checkpointing import checkpoint_layers
 from eightgig.models.load import weight_dtype
 from eightgig.models.precision import Precision
 from eightgig.models.trainable import trainable_parameters
@@ -16,6 +17,13 @@ from eightgig.step.step import Compute, SumOverProcesses, TrainingStep
 if TYPE_CHECKING:
     from eightgig.config import TrainingConfig
     from eightgig.registry import ModelSpec
+
+
+def checkpoint_as_configured(config: TrainingConfig, spec: ModelSpec, model: nn.Module) -> None:
+    """Wrap the decoder layers of `model` with activation checkpointing where `config` asks for it."""
+    if config.hardware.gradient_checkpointing:
+        has_dropout = config.training.lora is not None and config.training.lora.dropout > 0
+        checkpoint_layers(model, spec.family.decoder_layers(model), preserve_rng_state=has_dropout)
 
 
 def build_compute(config: TrainingConfig, device: torch.device, precision: Precision) -> Compute:

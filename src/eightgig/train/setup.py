@@ -13,12 +13,11 @@ from eightgig.core.errors import ConfigError, EnvironmentProblem, Problem
 from eightgig.data.encode import Encoder
 from eightgig.data.order import StepOrder
 from eightgig.memory.cap import limit_allocator
-from eightgig.memory.checkpointing import checkpoint_layers
 from eightgig.models.adapters import adapted_layers, attach_adapters
 from eightgig.models.load import load_model, load_processor
 from eightgig.models.precision import Precision, choose_precision
 from eightgig.registry import ModelSpec, resolve
-from eightgig.step.build import build_compute, build_step
+from eightgig.step.build import build_compute, build_step, checkpoint_as_configured
 from eightgig.train.datasets import check_data, read_data
 from eightgig.train.events import TrainingListener
 from eightgig.train.memory_meter import MemoryMeter
@@ -89,9 +88,7 @@ def build_run(config: TrainingConfig, place: Place, folder: RunFolder, listener:
     if layers:
         kinds = ", ".join(f"{count} {kind}" for kind, count in layers.items())
         listener.on_message(f"adapters on {sum(layers.values())} layers: {kinds}")
-    if config.hardware.gradient_checkpointing:
-        has_dropout = config.training.lora is not None and config.training.lora.dropout > 0
-        checkpoint_layers(loaded.model, spec.family.decoder_layers(loaded.model), preserve_rng_state=has_dropout)
+    checkpoint_as_configured(config, spec, loaded.model)
     training = config.training
     order = StepOrder(len(data.train), training.batch_size, training.gradient_accumulation_steps, config.seed)
     num_steps = training.max_steps or order.steps_per_epoch * training.num_epochs
