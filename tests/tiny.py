@@ -106,6 +106,7 @@ def build_tiny_llava(
     *,
     chat_template: str = PUBLISHED_TEMPLATE,
     dtype: torch.dtype = torch.float32,
+    num_layers: int = 2,
 ) -> Path:
     """`folder`, holding a LLaVA of about 0.23 M random parameters and its processor, for `from_pretrained`."""
     processor = build_tiny_processor(image_px=image_px, patch_px=patch_px, chat_template=chat_template)
@@ -124,7 +125,7 @@ def build_tiny_llava(
             vocab_size=vocab_size,
             hidden_size=64,
             intermediate_size=128,
-            num_hidden_layers=2,
+            num_hidden_layers=num_layers,
             num_attention_heads=2,
             num_key_value_heads=2,
             max_position_embeddings=1024,

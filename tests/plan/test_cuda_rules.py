@@ -43,4 +43,4 @@ def test_a_4bit_product_takes_its_scales_and_a_16bit_copy_while_it_runs() -> Non
     trace, few_inputs = MemoryTrace(), torch.randn(4, columns)
     with Recorder(trace, rules):
         torch.ops.bitsandbytes.gemm_4bit.default(few_inputs, *arguments[1:], **nested)
-    assert sizes(trace) == [4 * rows * 4, FREED]  # few rows: bitsandbytes multiplies without a copy
+    assert sizes(trace)[1:] == [4 * rows * 4, FREED]  # behind the workspace: few rows are multiplied without a copy

@@ -18,6 +18,7 @@ import typer
 from eightgig.cli.application import app
 from eightgig.cli.session import Session, Stopped
 from eightgig.core.errors import EightGigError
+from eightgig.memory.segments import prefer_expandable_segments
 
 EXIT_UNEXPECTED = 70  # EX_SOFTWARE of BSD's sysexits.h
 EXIT_STOPPED = 130  # 128 + SIGINT, what shells report for Ctrl-C
@@ -29,6 +30,7 @@ def main() -> None:
     # Read by OpenMP when PyTorch is loaded, later. Threads that spin while they wait make steps several times slower
     # where other programs want the same cores (docs/log.md, 2026-11-24).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    prefer_expandable_segments()  # read by PyTorch's allocator
     sys.exit(run_command(sys.argv[1:]))
 
 

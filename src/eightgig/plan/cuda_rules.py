@@ -9,13 +9,16 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import bitsandbytes  # noqa: F401 - it makes its operators known to torch
 import torch
 from torch import Tensor
 
 from eightgig.core.units import MIB
-from eightgig.plan.trace import MemoryTrace
+
+if TYPE_CHECKING:
+    from eightgig.plan.recorder import Ledger
 
 aten = torch.ops.aten
 _GEMM_4BIT = torch.ops.bitsandbytes.gemm_4bit.default
@@ -39,26 +42,21 @@ class CudaRules:
     def __init__(self, compute_capability: tuple[int, int]) -> None:
         is_large = compute_capability >= HOPPER
         self._workspace_bytes = WORKSPACE_BYTES_HOPPER if is_large else WORKSPACE_BYTES
-        self._workspaces: set[tuple[str, bool]] = set()
 
     @contextlib.contextmanager
-    def around(
-        self, func: Any, args: tuple[Any, ...], keywords: Mapping[str, Any], trace: MemoryTrace
-    ) -> Iterator[None]:
+    def around(self, func: Any, args: tuple[Any, ...], keywords: Mapping[str, Any], ledger: Ledger) -> Iterator[None]:
         """Around the operation `func` and its outputs: what its kernel takes while it runs."""
-        self._take_workspaces(func, args, keywords, trace)
+        self._take_workspaces(func, args, keywords, ledger)
         taken = []
         if func is _GEMM_4BIT and math.prod(args[0].shape[:-1]) > FUSED_GEMM_MAX_ROWS:
-            taken = self._dequantised(args, keywords, trace)
+            taken = self._dequantised(args, keywords, ledger)
         yield
         if func is _ATTENTION_BACKWARD:
-            taken.append(trace.alloc(_attention_workspace_bytes(args)))
+            taken.append(ledger.alloc(_attention_workspace_bytes(args)))
         for block in reversed(taken):
-            trace.free(block)
+            ledger.free(block)
 
-    def _take_workspaces(
-        self, func: Any, args: tuple[Any, ...], keywords: Mapping[str, Any], trace: MemoryTrace
-    ) -> None:
+    def _take_workspaces(self, func: Any, args: tuple[Any, ...], keywords: Mapping[str, Any], ledger: Ledger) -> None:
         """CuBLAS keeps a workspace for each thread that multiplies; the backward pass has a thread of its own."""
         has_bias = func in _PRODUCTS_WITH_BIAS or (func is _GEMM_4BIT and _given(args, keywords, _BIAS))
         if not (has_bias or func in _PRODUCTS or func is _GEMM_4BIT):
@@ -66,18 +64,16 @@ class CudaRules:
         is_backward = torch._C._current_graph_task_id() != -1
         wanted = [("cublas", self._workspace_bytes)] + ([("cublasLt", LT_WORKSPACE_BYTES)] if has_bias else [])
         for name, size_bytes in wanted:
-            if (name, is_backward) not in self._workspaces:
-                self._workspaces.add((name, is_backward))
-                trace.alloc(size_bytes)
+            ledger.alloc_once(f"{name} {'backward' if is_backward else 'forward'}", size_bytes)
 
-    def _dequantised(self, args: tuple[Any, ...], keywords: Mapping[str, Any], trace: MemoryTrace) -> list[int]:
+    def _dequantised(self, args: tuple[Any, ...], keywords: Mapping[str, Any], ledger: Ledger) -> list[int]:
         """Bitsandbytes' fallback: the scales in fp32 (before and after their offset), then the weight in 16 bits."""
         inputs, _, (num_rows, num_columns), _, blocksize = args[:5]
         num_parameters = num_rows * num_columns
         taken = []
         if _given(args, keywords, _NESTED_SCALES):
-            taken += [trace.alloc(num_parameters // blocksize * SCALE_BYTES) for _ in range(2)]
-        return [*taken, trace.alloc(num_parameters * inputs.element_size())]
+            taken += [ledger.alloc(num_parameters // blocksize * SCALE_BYTES) for _ in range(2)]
+        return [*taken, ledger.alloc(num_parameters * inputs.element_size())]
 
 
 def _given(args: tuple[Any, ...], keywords: Mapping[str, Any], argument: tuple[int, str]) -> bool:

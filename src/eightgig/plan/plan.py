@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from eightgig.config import MixedPrecision
+from eightgig.core.units import GIB
+from eightgig.memory.segments import expects_expandable_segments
 from eightgig.models.least_memory import CONTEXT_BYTES
 from eightgig.models.precision import DTYPES, Precision
 from eightgig.plan.allocator import AllocatorResult, AllocatorSettings, replay
@@ -39,6 +41,40 @@ class PlannedPeak:
 
 
 @dataclass(frozen=True)
+class Lever:
+    """A setting that trades memory against time.
+
+    Attributes:
+        name: what the setting does, in words.
+        saves_bytes: of the card, against the run without it.
+        costs_s: of each step, against the run without it; negative where it saves time too.
+        reason: why it was chosen.
+    """
+
+    name: str
+    saves_bytes: int
+    costs_s: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class PlannedTime:
+    """How long a run takes.
+
+    Attributes:
+        step_s: one optimizer step.
+        epoch_s: one pass over the data, None where it is not known.
+        tokens_per_s: of training, image tokens among them.
+        basis: where the card's rates come from.
+    """
+
+    step_s: float
+    epoch_s: float | None
+    tokens_per_s: float
+    basis: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run takes and whether it fits.
 
@@ -50,6 +86,8 @@ class Plan:
         phases: peak device bytes of loading, training and validation.
         workload: tokens, image tokens among them, of one planned micro-batch, and its samples.
         config: the settings that were planned.
+        levers: settings that save memory or time, as they were chosen.
+        time: None where the card's rates are not known.
     """
 
     model: str
@@ -62,14 +100,23 @@ class Plan:
     phases: Mapping[str, int]
     workload: Mapping[str, int]
     config: Mapping[str, Any]
+    levers: tuple[Lever, ...] = ()
+    time: PlannedTime | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data for JSON."""
         return asdict(self)
 
 
-def plan(config: TrainingConfig, spec: ModelSpec, gpu: GpuFacts | None, *, reserve_bytes: int) -> Plan:
-    """The plan of `config` on `gpu` for the largest samples that its settings let through.
+def plan(
+    config: TrainingConfig,
+    spec: ModelSpec,
+    gpu: GpuFacts | None,
+    *,
+    reserve_bytes: int,
+    workload: Workload | None = None,
+) -> Plan:
+    """The plan of `config` on `gpu`.
 
     Needs no GPU and no weights. A run that goes beyond the budget is tried once more as PyTorch would try: near the
     limit it gives back what it holds unused.
@@ -79,23 +126,18 @@ def plan(config: TrainingConfig, spec: ModelSpec, gpu: GpuFacts | None, *, reser
         spec: its model.
         gpu: the card; None plans without a limit.
         reserve_bytes: of the card's memory, kept free for its other users.
+        workload: what each micro-batch holds; None: the largest samples that the settings let through.
 
     Raises:
         ConfigError: the configured image size does not suit the model.
+        UnsupportedModel: the model can't be planned.
         UnsupportedModel, EnvironmentProblem: the model's processor can't be had.
     """
-    work = largest_workload(config, spec)
+    work = workload if workload is not None else largest_workload(config, spec)
     capability = gpu.compute_capability if gpu is not None and gpu.compute_capability is not None else AMPERE
     simulation = simulate(config, spec, work, planned_precision(config, gpu), capability)
-    result = replay(simulation.trace, AllocatorSettings())
-    budget_bytes, fits = None, None
-    if gpu is not None:
-        budget_bytes = gpu.vram_bytes - reserve_bytes
-        fits = result.peak_reserved_bytes + CONTEXT_BYTES <= budget_bytes
-        if not fits and budget_bytes > CONTEXT_BYTES:
-            limited = replay(simulation.trace, AllocatorSettings(limit_bytes=budget_bytes - CONTEXT_BYTES))
-            fits = limited.out_of_memory is None
-            result = limited if fits else result
+    budget_bytes = None if gpu is None else gpu.vram_bytes - reserve_bytes
+    result, fits = _place(simulation, config, gpu, budget_bytes)
     return Plan(
         model=spec.name,
         method=config.training.method.value,
@@ -108,6 +150,25 @@ def plan(config: TrainingConfig, spec: ModelSpec, gpu: GpuFacts | None, *, reser
         workload=_sizes(work),
         config=config.model_dump(mode="json"),
     )
+
+
+def _place(
+    simulation: Simulation, config: TrainingConfig, gpu: GpuFacts | None, budget_bytes: int | None
+) -> tuple[AllocatorResult, bool | None]:
+    """What the allocator makes of the run, and whether it stays below the card's budget and the config's cap."""
+    free = AllocatorSettings(
+        expandable_segments=expects_expandable_segments(), card_bytes=None if gpu is None else gpu.vram_bytes
+    )
+    limits_bytes = [round(cap * GIB) for cap in [config.hardware.cap_gib] if cap is not None]
+    if budget_bytes is not None:
+        limits_bytes.append(max(budget_bytes - CONTEXT_BYTES, 0))
+    result = replay(simulation.trace, replace(free, card_bytes=None))
+    if not limits_bytes:
+        return result, None
+    if result.peak_reserved_bytes <= min(limits_bytes):
+        return result, True
+    limited = replay(simulation.trace, replace(free, limit_bytes=min(limits_bytes)))
+    return (result, False) if limited.out_of_memory is not None else (limited, True)
 
 
 def planned_precision(config: TrainingConfig, gpu: GpuFacts | None) -> Precision:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,30 +14,48 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from eightgig.plan.cuda_rules import CudaRules
-from eightgig.plan.trace import MemoryTrace
 
 aten = torch.ops.aten
 _READ_SCALAR = aten._local_scalar_dense.default
 _INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
+class Ledger(Protocol):
+    """Where allocations are written down: the run's trace, or the tape of one layer."""
+
+    def alloc(self, size_bytes: int) -> int:
+        """Allocate a block and return its number."""
+
+    def alloc_once(self, key: str, size_bytes: int) -> None:
+        """Allocate, where `key` is new, a block that stays."""
+
+    def free(self, block: int) -> None:
+        """Free a block."""
+
+    def is_live(self, block: int) -> bool:
+        """Whether there is such a block, and it was not freed yet."""
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records into `trace` each storage that an operation makes, until its last reference goes.
+    """Records into `ledger` each storage that an operation makes, until its last reference goes.
 
     Tensors with values (token ids, masks, pixels) count like fake ones: on a GPU all of them would be there. What the
     GPU's own kernels take beside their outputs comes from `rules`. A number read from a fake tensor is zero: a loss, a
     norm, a count of overflows, none of which changes what is allocated. A flag is `flag`.
 
     Attributes:
+        ledger: what new storages are written into; each is freed where it was written.
         flag: what is read from a fake boolean; generation asks in one whether every answer has ended.
     """
 
-    def __init__(self, trace: MemoryTrace, rules: CudaRules) -> None:
+    def __init__(self, ledger: Ledger, rules: CudaRules) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.trace = trace
+        self.ledger = ledger
         self.flag = False
         self._rules = rules
-        self._blocks: dict[int, int] = {}  # the address of a live storage's C++ object -> its block
+        self._is_paused = False
+        # The address of a live storage's C++ object -> where it is written down, and what frees it there.
+        self._entries: dict[int, tuple[Ledger, int, weakref.finalize[Any, Any]]] = {}
 
     def __torch_dispatch__(
         self,
@@ -46,29 +65,67 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         keywords = dict(kwargs or {})
+        if self._is_paused:
+            return func(*args, **keywords)
         if func is _READ_SCALAR and isinstance(args[0], FakeTensor):
             return self.flag if args[0].dtype == torch.bool else torch.zeros((), dtype=args[0].dtype).item()
         if func in _INDEXING:
             args = (args[0], _positions(args[1]), *args[2:])
-        with self._rules.around(func, args, keywords, self.trace):
+        with self._rules.around(func, args, keywords, self.ledger):
             output = func(*args, **keywords)
             self._note(output)
         return output
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, operations are not written down."""
+        before, self._is_paused = self._is_paused, True
+        try:
+            yield
+        finally:
+            self._is_paused = before
+
+    def enter(self, tensor: Tensor, block: int) -> None:
+        """Take `tensor`'s storage, made while paused, for `block` of the ledger: it is freed there when it goes."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        self._entries[address] = (self.ledger, block, weakref.finalize(storage, self._free, address))
+
+    def block_of(self, tensor: Tensor) -> int | None:
+        """The block of `tensor`'s storage, None if it was never written down in the present ledger."""
+        entry = self._entries.get(tensor.untyped_storage()._cdata)
+        return entry[1] if entry is not None and entry[0] is self.ledger else None
+
+    def take_over(self, tensor: Tensor) -> int | None:
+        """The block of `tensor`'s storage; from now on the caller frees it, not the end of the storage."""
+        block = self.block_of(tensor)
+        if block is not None:
+            self._entries.pop(tensor.untyped_storage()._cdata)[2].detach()
+        return block
+
+    def continue_in(self, ledger: Ledger) -> None:
+        """Write into `ledger` from now on, a copy of the present one or that which it was copied from.
+
+        What lives now and stands there is freed there; the rest is forgotten.
+        """
+        for address, (_, block, finalizer) in list(self._entries.items()):
+            if ledger.is_live(block):
+                self._entries[address] = (ledger, block, finalizer)
+            else:
+                del self._entries[address]
+                finalizer.detach()
+        self.ledger = ledger
+
     def _note(self, output: Any) -> None:
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
-                self._note_storage(tensor.untyped_storage())
-
-    def _note_storage(self, storage: torch.UntypedStorage) -> None:
-        address = storage._cdata
-        if address in self._blocks:
-            return
-        self._blocks[address] = self.trace.alloc(storage.nbytes())
-        weakref.finalize(storage, self._free, address)
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._entries:
+                    self.enter(tensor, self.ledger.alloc(storage.nbytes()))
 
     def _free(self, address: int) -> None:
-        self.trace.free(self._blocks.pop(address))
+        ledger, block, _ = self._entries.pop(address)
+        ledger.free(block)
 
 
 def _positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:

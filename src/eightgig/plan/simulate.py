@@ -7,21 +7,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 
+from eightgig.core.errors import UnsupportedModel
 from eightgig.evaluate.generate import generate_answers
 from eightgig.evaluate.loss import validation_loss
 from eightgig.models.precision import Precision
 from eightgig.plan.cuda_rules import CudaRules
 from eightgig.plan.fake_model import CPU, CUDA, build_fake
+from eightgig.plan.layer_memo import LayerMemo
 from eightgig.plan.recorder import Recorder
 from eightgig.plan.trace import MemoryTrace
 from eightgig.plan.workload import Workload
 from eightgig.step.build import build_compute, build_step, checkpoint_as_configured
-from eightgig.step.step import Compute
+from eightgig.step.step import Compute, TrainingStep
 
 if TYPE_CHECKING:
     from eightgig.config import TrainingConfig
     from eightgig.registry import ModelSpec
+
+_ASKS_FOR_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
 NUM_STEPS = 2  # optimizer states appear in the first; the second is what all later ones are like
 
@@ -48,35 +57,114 @@ class Simulation:
     optimizer_bytes: int
 
 
+class Simulator:
+    """A model on fake tensors, on which runs are simulated one after the other.
+
+    The runs share what the model is built from: its name, the training method, adapters, precision and image size.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        spec: ModelSpec,
+        processor: Any,
+        precision: Precision,
+        compute_capability: tuple[int, int],
+        *,
+        remembers_layers: bool = True,
+    ) -> None:
+        """Build the model, which needs neither weights nor a GPU.
+
+        With `remembers_layers` equal layers are simulated once, with the same trace as without.
+        """
+        self._spec = spec
+        self._precision = precision
+        self._remembers_layers = remembers_layers
+        self._loading = MemoryTrace()
+        self._loading.mark("load")
+        self._recorder = Recorder(self._loading, CudaRules(compute_capability))
+        self._model = build_fake(config, spec, processor, precision, self._recorder)
+
+    def run(self, config: TrainingConfig, work: Workload, *, validates: bool = True) -> Simulation:
+        """Simulate `config` with the batch of `work` as every micro-batch; `validates`: before and after training too.
+
+        Raises:
+            UnsupportedModel: the model's code takes decisions from values, which are not there.
+        """
+        forwards = {module: vars(module).get("forward") for module in self._model.modules()}
+        trace = self._loading.copy()
+        self._recorder.continue_in(trace)
+        try:
+            return self._run(config, work, trace, validates=validates)
+        except _ASKS_FOR_VALUES as error:
+            raise UnsupportedModel(
+                f"{self._spec.name} can't be planned: its code asks for the values of tensors ({error})",
+                expected="a model whose memory follows from the shapes of its inputs",
+                next_step="train it with `eightgig train`, which says what it took",
+            ) from error
+        finally:
+            self._recorder.continue_in(self._loading)
+            for module, forward in forwards.items():
+                vars(module).pop("forward", None)
+                if forward is not None:
+                    vars(module)["forward"] = forward
+            for parameter in self._model.parameters():
+                parameter.grad = None
+
+    def _run(self, config: TrainingConfig, work: Workload, trace: MemoryTrace, *, validates: bool) -> Simulation:
+        model, spec = self._model, self._spec
+        checkpoint_as_configured(config, spec, model)
+        if self._remembers_layers:
+            LayerMemo(self._recorder).wrap(model)
+        compute = replace(build_compute(config, CUDA, self._precision), device=CPU)
+        step = build_step(config, spec, model, compute, num_steps=NUM_STEPS, optimizer_device=CUDA)
+        num_micro_batches = min(config.training.gradient_accumulation_steps, MAX_MICRO_BATCHES)
+        with self._recorder:
+            if validates:
+                trace.mark("validate")
+                self._validate(work, compute)
+            for _ in range(NUM_STEPS):
+                trace.mark("train")
+                step([work.batch] * num_micro_batches, work.batch.num_target_tokens)
+                step.apply(step.finish_gradients())
+            if validates:
+                trace.mark("validate")
+                self._validate(work, compute)
+        return _result(trace, model, step, has_adapters=config.training.lora is not None)
+
+    def _validate(self, work: Workload, compute: Compute) -> None:
+        """A run's validation: the loss over a batch, and the first token of an answer to its prompts."""
+        validation_loss(self._model, self._spec.family, [work.batch], compute)
+        if work.num_generated:
+            self._recorder.flag = True  # every answer ends with its first token
+            generate_answers(
+                self._model,
+                work.encoder,
+                work.samples[: work.num_generated],
+                compute,
+                batch_size=len(work.samples),
+                max_new_tokens=1,
+            )
+            self._recorder.flag = False
+
+
 def simulate(
     config: TrainingConfig,
     spec: ModelSpec,
     work: Workload,
     precision: Precision,
     compute_capability: tuple[int, int],
+    *,
+    remembers_layers: bool = True,
 ) -> Simulation:
-    """Run `config` on fake tensors with the batch of `work` as every micro-batch, on a card of `compute_capability`.
+    """Simulate one run of `config` on a card of `compute_capability`; see `Simulator`."""
+    simulator = Simulator(
+        config, spec, work.processor, precision, compute_capability, remembers_layers=remembers_layers
+    )
+    return simulator.run(config, work)
 
-    Nothing is computed; needs neither weights nor a GPU.
-    """
-    trace = MemoryTrace()
-    recorder = Recorder(trace, CudaRules(compute_capability))
-    trace.mark("load")
-    model = build_fake(config, spec, work.processor, precision, recorder)
-    lora = config.training.lora
-    checkpoint_as_configured(config, spec, model)
-    compute = replace(build_compute(config, CUDA, precision), device=CPU)
-    step = build_step(config, spec, model, compute, num_steps=NUM_STEPS, optimizer_device=CUDA)
-    num_micro_batches = min(config.training.gradient_accumulation_steps, MAX_MICRO_BATCHES)
-    with recorder:
-        trace.mark("validate")
-        _validate(model, spec, work, compute, recorder)
-        for _ in range(NUM_STEPS):
-            trace.mark("train")
-            step([work.batch] * num_micro_batches, work.batch.num_target_tokens)
-            step.apply(step.finish_gradients())
-        trace.mark("validate")
-        _validate(model, spec, work, compute, recorder)
+
+def _result(trace: MemoryTrace, model: nn.Module, step: TrainingStep, *, has_adapters: bool) -> Simulation:
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     trained = list(step.trainable.values())
     states = [value for state in step.optimizer.state.values() for value in state.values()]
@@ -84,27 +172,11 @@ def simulate(
         trace=trace,
         weights_4bit_bytes=sum(_quantised_bytes(parameter) for parameter in frozen),
         weights_16bit_bytes=_bytes(p for p in frozen if not hasattr(p, "quant_state"))
-        + (0 if lora else _bytes(trained)),
-        adapters_bytes=_bytes(trained) if lora else 0,
+        + (0 if has_adapters else _bytes(trained)),
+        adapters_bytes=_bytes(trained) if has_adapters else 0,
         gradients_bytes=_bytes(trained),
         optimizer_bytes=_bytes(value for value in states if isinstance(value, torch.Tensor)),
     )
-
-
-def _validate(model: Any, spec: ModelSpec, work: Workload, compute: Compute, recorder: Recorder) -> None:
-    """A run's validation: the loss over a batch, and the first token of an answer to its prompts."""
-    validation_loss(model, spec.family, [work.batch], compute)
-    if work.num_generated:
-        recorder.flag = True  # every answer ends with its first token
-        generate_answers(
-            model,
-            work.encoder,
-            work.samples[: work.num_generated],
-            compute,
-            batch_size=len(work.samples),
-            max_new_tokens=1,
-        )
-        recorder.flag = False
 
 
 def _bytes(tensors: Any) -> int:

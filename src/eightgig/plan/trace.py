@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ class MemoryTrace:
     marks: list[tuple[int, str]] = field(default_factory=list)
     _live: bytearray = field(default_factory=bytearray, repr=False)
     _empty_blocks: set[int] = field(default_factory=set, repr=False)
+    _keys: set[str] = field(default_factory=set, repr=False)
 
     def __len__(self) -> int:
         """How many events there are; marks and blocks of zero bytes are none."""
@@ -66,6 +68,12 @@ class MemoryTrace:
             self.sizes_bytes.append(size_bytes)
         return block
 
+    def alloc_once(self, key: str, size_bytes: int) -> None:
+        """Allocate, where `key` is new, a block that stays: what a library keeps for itself from its first call on."""
+        if key not in self._keys:
+            self._keys.add(key)
+            self.alloc(size_bytes)
+
     def free(self, block: int) -> None:
         """Free a block.
 
@@ -80,6 +88,14 @@ class MemoryTrace:
         if block not in self._empty_blocks:
             self.blocks.append(block)
             self.sizes_bytes.append(FREED)
+
+    def is_live(self, block: int) -> bool:
+        """Whether there is a block of that number, and it was not freed yet."""
+        return block < len(self._live) and self._live[block] == 1
+
+    def copy(self) -> MemoryTrace:
+        """A trace that goes on from here by itself."""
+        return copy.deepcopy(self)
 
     def empty_cache(self) -> None:
         """Record a call of `torch.cuda.empty_cache`."""

@@ -13,6 +13,7 @@ from eightgig.core.errors import ConfigError, EnvironmentProblem, Problem
 from eightgig.data.encode import Encoder
 from eightgig.data.order import StepOrder
 from eightgig.memory.cap import limit_allocator
+from eightgig.memory.segments import prefer_expandable_segments
 from eightgig.models.adapters import adapted_layers, attach_adapters
 from eightgig.models.load import load_model, load_processor
 from eightgig.models.precision import Precision, choose_precision
@@ -58,6 +59,7 @@ def choose_place(config: TrainingConfig) -> Place:
             next_step="check `nvidia-smi` and `python -c 'import torch; print(torch.version.cuda)'`, "
             "or set hardware.device to cpu",
         )
+    prefer_expandable_segments()
     accelerator = Accelerator(cpu=config.hardware.device == "cpu" or not torch.cuda.is_available())
     accumulation = config.training.gradient_accumulation_steps
     if accumulation % accelerator.num_processes:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,7 @@ from eightgig.models.qwen_vl.configuration import QwenVLConfig
 from eightgig.models.qwen_vl.rotary import rotate
 
 
-@dataclass(frozen=True)
-class Positions:
+class Positions(NamedTuple):
     """What the attention layers of one forward pass know about the tokens' places.
 
     Attributes:

@@ -1,0 +1,294 @@
+"""Runs of many kinds through `eightgig train` on a GPU, beside what the planner said of each before.
+
+usage: python -m benchmarks.planned_runs predict --out RECORD.json [--only NAME ...]      (no GPU)
+       python -m benchmarks.planned_runs measure --plans RECORD.json --work FOLDER --out RECORD.json [--part PART]
+
+Each run: full size, random weights, a fresh process, real PNG and JSONL, 3 optimizer steps, validation with an answer
+before and after, the result saved and proved in another fresh process. Every micro-batch is the largest that the
+settings let through, except where lengths are mixed. Runs go side by side as far as the card's memory allows.
+
+The blind runs were written down and planned before any run of this list was measured (docs/decisions/0005-planner.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from benchmarks.record import write_record
+from PIL import Image
+
+from eightgig import registry
+from eightgig.config.loading import resolve
+from eightgig.core.units import GIB, MIB
+from eightgig.plan.plan import plan
+from eightgig.plan.workload import QUESTION, WORD
+from eightgig.registry.gpus import get_gpu
+
+NUM_STEPS = 3
+CARD = "H100 SXM"
+CARD_BUDGET_BYTES = 72 * GIB  # of 79, for all runs side by side
+TOWER_TOO = r".*\.(q_proj|k_proj|v_proj|o_proj|out_proj|qkv|fc1|fc2|gate_proj|up_proj|down_proj)"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run: a model and what differs from the default settings; `mixes_lengths`: from 30 % of the longest text."""
+
+    name: str
+    model: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    mixes_lengths: bool = False
+
+    def assignments(self) -> dict[str, str]:
+        """What `--set` is given."""
+        fixed = {
+            "model.name": self.model,
+            "model.random_weights_seed": 0,
+            "training.gradient_accumulation_steps": 1,
+            "training.lora.rank": 8,
+            "training.lora.alpha": 16,
+            "validation.num_generated": 1,
+            "validation.max_new_tokens": 4,
+            "data.num_workers": 1,
+        }
+        if self.settings.get("training.method") == "full":
+            fixed = {key: value for key, value in fixed.items() if "lora" not in key}
+        return {
+            key: json.dumps(value) if not isinstance(value, str) else value
+            for key, value in (fixed | dict(self.settings)).items()
+        }
+
+
+def _run(name: str, model: str, mixes_lengths: bool = False, **settings: Any) -> PlannedRun:
+    """`settings` by their last names."""
+    places = {
+        "length": "data.max_length",
+        "px": "data.image_size",
+        "batch": "training.batch_size",
+        "accumulation": "training.gradient_accumulation_steps",
+        "rank": "training.lora.rank",
+        "dropout": "training.lora.dropout",
+        "targets": "training.lora.target_modules",
+        "method": "training.method",
+        "optimizer": "training.optimizer",
+        "checkpointing": "hardware.gradient_checkpointing",
+        "precision": "hardware.mixed_precision",
+    }
+    return PlannedRun(name, model, {places[key]: value for key, value in settings.items()}, mixes_lengths)
+
+
+BUILT = (
+    _run("llava-7b-256", "llava-1.5-7b", length=256),
+    _run("llava-7b-512-batch-4", "llava-1.5-7b", batch=4),
+    _run("llava-7b-2048-mixed", "llava-1.5-7b", True, length=2048, batch=2, accumulation=2),
+    _run("llava-7b-512-whole", "llava-1.5-7b", checkpointing=False),
+    _run("llava-7b-fp16-rank-64", "llava-1.5-7b", precision="fp16", rank=64),
+    _run("llava-7b-tower", "llava-1.5-7b", targets=TOWER_TOO, rank=16),
+    _run("llava-7b-lora-16bit", "llava-1.5-7b", method="lora", batch=2),
+    _run("llava-13b-512", "llava-1.5-13b"),
+    _run("instructblip-512", "instructblip-vicuna-7b", rank=16),
+    _run("qwen-vl-chat-1024", "qwen-vl-chat", length=1024),
+    _run("qwen2.5-vl-7b-1024", "qwen2.5-vl-7b", length=1024, px=672),
+    _run("qwen2.5-vl-3b-4096", "qwen2.5-vl-3b", length=4096, px=448),
+    _run("qwen2.5-vl-3b-batch-4", "qwen2.5-vl-3b", batch=4, px=448, rank=32),
+    _run("qwen2-vl-2b-1024", "qwen2-vl-2b", length=1024, px=448),
+    _run("qwen3-vl-4b-2048", "qwen3-vl-4b", length=2048, px=448, accumulation=2),
+    _run("qwen3-vl-2b-full", "qwen3-vl-2b", method="full", px=448),
+    _run("qwen3-vl-2b-whole-batch-4", "qwen3-vl-2b", checkpointing=False, batch=4, px=448),
+    _run("qwen3.5-2b-512", "qwen3.5-2b", px=448),
+    _run("gemma-3-4b-1024", "gemma-3-4b", length=1024),
+    _run("gemma-3-4b-fp16-batch-2", "gemma-3-4b", precision="fp16", batch=2),
+    _run("smolvlm2-2.2b-2048", "smolvlm2-2.2b", length=2048),
+    _run("smolvlm-256m-full", "smolvlm-256m", method="full", batch=2),
+    _run("smolvlm2-500m-lora", "smolvlm2-500m", method="lora", dropout=0.05, checkpointing=False),
+    _run("internvl3.5-2b-512", "internvl3.5-2b"),
+    _run("llava-onevision-0.5b-512", "llava-onevision-0.5b", batch=2),
+    _run("paligemma2-3b-224-512", "paligemma2-3b-224", batch=2),
+    _run("llama-3.2-11b-512", "llama-3.2-11b-vision"),
+    _run("gemma-4-e2b-512", "gemma-4-e2b"),
+)
+
+BLIND = (
+    _run("blind-llava-7b-8192", "llava-1.5-7b", length=8192 - 576),
+    _run("blind-llava-7b-batch-8", "llava-1.5-7b", batch=8, length=256, rank=4),
+    _run("blind-llava-7b-rank-128-paged", "llava-1.5-7b", rank=128, optimizer="paged_adamw_8bit"),
+    _run("blind-llava-13b-fp16-1024", "llava-1.5-13b", precision="fp16", length=1024, dropout=0.1),
+    _run("blind-instructblip-batch-4", "instructblip-vicuna-7b", batch=4, length=256),
+    _run("blind-qwen-vl-chat-whole", "qwen-vl-chat", checkpointing=False, length=256),
+    _run("blind-qwen2.5-vl-7b-batch-4-mixed", "qwen2.5-vl-7b", True, batch=4, length=768, px=560, accumulation=2),
+    _run("blind-qwen2.5-vl-7b-tower", "qwen2.5-vl-7b", targets=TOWER_TOO, px=448),
+    _run("blind-qwen2-vl-7b-512", "qwen2-vl-7b", px=672),
+    _run("blind-qwen3-vl-8b-4096", "qwen3-vl-8b", length=4096, px=512),
+    _run("blind-qwen3-vl-2b-batch-8", "qwen3-vl-2b", batch=8, px=448, rank=16),
+    _run("blind-qwen2.5-vl-3b-lora-adamw", "qwen2.5-vl-3b", method="lora", optimizer="adamw", px=448),
+    _run("blind-gemma-3-4b-2048-mixed", "gemma-3-4b", True, length=2048, accumulation=4),
+    _run("blind-smolvlm2-2.2b-whole-batch-2", "smolvlm2-2.2b", checkpointing=False, batch=2),
+    _run("blind-smolvlm-500m-full-fp16", "smolvlm-500m", method="full", precision="fp16"),
+    _run("blind-internvl3.5-1b-1024", "internvl3.5-1b", length=1024, rank=64),
+)
+
+
+def predict(run: PlannedRun) -> dict[str, Any]:
+    """What the planner says of `run` on the card."""
+    started = time.perf_counter()
+    config = resolve(None, run.assignments()).config
+    planned = plan(config, registry.get(run.model), get_gpu(CARD), reserve_bytes=0)
+    peak = planned.peak
+    return {
+        "name": run.name,
+        "model": run.model,
+        "settings": dict(run.settings),
+        "mixes_lengths": run.mixes_lengths,
+        "num_tokens": planned.workload["num_tokens"],
+        "allocated_bytes": peak.allocated_bytes,
+        "reserved_bytes": peak.reserved_bytes,
+        "device_bytes": peak.device_bytes,
+        "moment": peak.moment,
+        "planning_s": time.perf_counter() - started,
+    }
+
+
+def write_data(run: PlannedRun, folder: Path) -> tuple[Path, Path]:
+    """Training and validation samples of `run`: square random pictures, texts that fill `data.max_length`."""
+    folder.mkdir(parents=True)
+    config = resolve(None, run.assignments()).config
+    side_px = config.data.image_size or registry.get(run.model).facts.image_px
+    generator = np.random.default_rng(0)
+    batch = config.training.batch_size
+    num_samples = batch * config.training.gradient_accumulation_steps * NUM_STEPS
+    lengths = [config.data.max_length] * num_samples
+    if run.mixes_lengths:
+        lengths[1:] = [int(length * generator.uniform(0.3, 1.0)) for length in lengths[1:]]
+    for index in range(2):
+        pixels = generator.integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    paths = []
+    for name, sizes in (("train", lengths), ("val", [config.data.max_length] * batch)):
+        rows = [
+            {"image": f"{i % 2}.png", "question": QUESTION, "answer": (WORD * size).strip()}
+            for i, size in enumerate(sizes)
+        ]
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        paths.append(path)
+    return paths[0], paths[1]
+
+
+class CardShare:
+    """Lets runs begin only as far as the memory planned for them fits on the card together."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self._free_bytes = budget_bytes
+        self._changed = threading.Condition()
+
+    def take(self, size_bytes: int) -> None:
+        """Wait until `size_bytes` are free, and take them."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free_bytes >= size_bytes)
+            self._free_bytes -= size_bytes
+
+    def give(self, size_bytes: int) -> None:
+        """Give them back."""
+        with self._changed:
+            self._free_bytes += size_bytes
+            self._changed.notify_all()
+
+
+def measure(run: PlannedRun, work: Path, share: CardShare, planned_bytes: int) -> dict[str, Any]:
+    """The row of `run`; `error` in it where it ended badly."""
+    train, validation = write_data(run, work / f"{run.name}-data")
+    folder = work / run.name
+    command = [sys.executable, "-m", "eightgig", "train", "--data", str(train), "--run-folder", str(folder)]
+    command += ["--set", f"data.val_path={validation}", "--max-steps", str(NUM_STEPS)]
+    for key, value in run.assignments().items():
+        command += ["--set", f"{key}={value}"]
+    share.take(planned_bytes)
+    started = time.perf_counter()
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        share.give(planned_bytes)
+    run_s = time.perf_counter() - started
+    print(f"{run.name}: status {process.returncode} after {run_s:.0f} s", flush=True)
+    if process.returncode != 0:
+        print(process.stdout[-600:], process.stderr[-1500:], flush=True)
+    memory_file = folder / "memory.json"
+    if not memory_file.exists():
+        return {"name": run.name, "run_s": run_s, "error": (process.stderr or process.stdout)[-2000:]}
+    memory = json.loads(memory_file.read_text())
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["kind"] == "step"]
+    return {
+        "name": run.name,
+        "run_s": run_s,
+        "status": process.returncode,
+        "allocated_bytes": memory["peak_allocated_bytes"],
+        "reserved_bytes": memory["peak_reserved_bytes"],
+        "device_bytes": memory["device_used_bytes"],
+        "counts_other_programs": memory["counts_other_programs"],
+        "phases": memory["phases"],
+        "num_tokens": max(record["num_tokens"] for record in steps),
+        "losses": [record["loss"] for record in steps],
+    }
+
+
+def compared(planned: Mapping[str, Any], measured: Mapping[str, Any], *, is_blind: bool) -> dict[str, Any]:
+    """One row: what was planned, what was measured, and how far they are apart."""
+    row = {**planned, "is_blind": is_blind, "measured": dict(measured)}
+    if "error" not in measured:
+        for kind in ("allocated", "reserved", "device"):
+            row[f"{kind}_error"] = planned[f"{kind}_bytes"] / measured[f"{kind}_bytes"] - 1
+        row["device_difference_mib"] = (planned["device_bytes"] - measured["device_bytes"]) / MIB
+    return row
+
+
+def main() -> None:
+    """Plan or measure, write the record, end badly where a run did."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["predict", "measure"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--plans", type=Path)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--part", choices=["built", "blind"])
+    parser.add_argument("--at-once", type=int, default=8)
+    arguments = parser.parse_args()
+    chosen = {"built": BUILT, "blind": BLIND, None: (*BUILT, *BLIND)}[arguments.part]
+    runs = [run for run in chosen if not arguments.only or run.name in arguments.only]
+    if arguments.what == "predict":
+        rows = []
+        for run in runs:
+            rows.append(predict(run))
+            print(json.dumps(rows[-1]), flush=True)
+        write_record(arguments.out, name="planned_runs_before", figures={"runs": rows}, conditions={"card": CARD})
+        return
+    plans = {row["name"]: row for row in json.loads(arguments.plans.read_text())["figures"]["runs"]}
+    share = CardShare(CARD_BUDGET_BYTES)
+    with ThreadPoolExecutor(arguments.at_once) as pool:
+        measured = list(
+            pool.map(lambda run: measure(run, arguments.work, share, plans[run.name]["device_bytes"]), runs)
+        )
+    blind = {run.name for run in BLIND}
+    rows = [compared(plans[row["name"]], row, is_blind=row["name"] in blind) for row in measured]
+    conditions = {"num_steps": NUM_STEPS, "at_once": arguments.at_once, "part": arguments.part}
+    write_record(arguments.out, name="planned_runs", figures={"runs": rows}, conditions=conditions)
+    for row in rows:
+        print(row["name"], {key: round(value, 4) for key, value in row.items() if key.endswith("_error")}, flush=True)
+    failed = [row["name"] for row in measured if "error" in row]
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Equal layers are simulated once: the first is put on a tape, and all of them play it.
+
+A model has dozens of layers that allocate the same blocks in the same order. The first call of each kind runs alone on
+tensors of its own, forward and backward, and what it allocates goes on a tape; this call and all like it write the tape
+into the run's trace. What is outside of the layers (embeddings, head, optimizer) runs as ever, with the parameters and
+gradients of all layers, so that the trace is the same as without tapes, event by event (tests/plan/test_layer_memo.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from eightgig.plan.layer_recording import LayerRecording, make_tensor, record_layer
+from eightgig.plan.layer_signature import Unlike, arguments_signature, module_signature
+from eightgig.plan.recorder import Ledger, Recorder
+from eightgig.plan.tape import play
+
+MIN_EQUAL_LAYERS = 3  # fewer are not worth a tape
+
+_OWN_REFERENCES = 2  # to a gradient that only the engine and our argument hold
+
+
+class LayerMemo:
+    """Remembers what each kind of call of a model's repeated layers allocates."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self._recordings: dict[Any, LayerRecording] = {}
+        self._is_recording = False
+
+    def wrap(self, model: nn.Module) -> None:
+        """Wrap the forward of each layer in a list of like ones, on that instance."""
+        for layer in _repeated_layers(model):
+            layer.forward = self._remembered(layer, layer.forward)
+
+    def _remembered(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            # Autocast keeps cast weights beyond the layer. A layer within a recorded one is on its tape.
+            if self._is_recording or torch.is_autocast_enabled("cpu"):
+                return forward(*args, **kwargs)
+            leaves, structure = tree_flatten((args, kwargs))
+            try:
+                key = (module_signature(layer), arguments_signature(leaves), structure, torch.is_grad_enabled())
+            except Unlike:
+                return forward(*args, **kwargs)
+            if key not in self._recordings:
+                self._recordings[key] = self._record(layer, forward, leaves, structure)
+            return self._play(self._recordings[key], layer, leaves)
+
+        return wrapped
+
+    def _record(
+        self, layer: nn.Module, forward: Callable[..., Any], leaves: Sequence[Any], structure: Any
+    ) -> LayerRecording:
+        self._is_recording = True
+        try:
+            return record_layer(self.recorder, layer, forward, leaves, structure)
+        finally:
+            self._is_recording = False
+
+    def _play(self, recording: LayerRecording, layer: nn.Module, leaves: Sequence[Any]) -> Any:
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if recording.has_backward:
+            # Without a parameter among its inputs autograd would not know that a first layer learns.
+            anchor = next((parameter for parameter in layer.parameters() if parameter.requires_grad), None)
+            outputs = _PlayedLayer.apply(self.recorder, recording, layer, anchor, *tensors)  # type: ignore[no-untyped-call]
+        else:
+            live: dict[int, int] = {}
+            play(recording.forward, self.recorder.ledger, live, _ignore)
+            outputs = tuple(_hand_out(self.recorder, recording.outputs, live))
+            _free_all(self.recorder.ledger, live)
+        return tree_unflatten(list(outputs), recording.output_structure)
+
+
+class _PlayedLayer(torch.autograd.Function):
+    """A layer's place in autograd's graph, with the tape's events instead of the layer's operations."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        recorder: Recorder,
+        recording: LayerRecording,
+        layer: nn.Module,
+        anchor: Tensor | None,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.recorder, ctx.recording, ctx.layer = recorder, recording, layer
+        live: dict[int, int] = {}
+        ctx.live = live
+        play(recording.forward, recorder.ledger, live, _ignore)
+        ctx.held = {
+            block: [tensors[i] for i, own in enumerate(recording.inputs) if own == block]
+            for block in recording.kept_inputs
+        }
+        outputs = _hand_out(recorder, recording.outputs, live)
+        # What is left when the graph goes: of a backward pass that never came, or that leaves something behind.
+        weakref.finalize(ctx, _free_all, recorder.ledger, live).atexit = False
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        recorder, recording, live = ctx.recorder, ctx.recording, ctx.live
+        for block, gradient in zip(recording.output_gradients, gradients, strict=True):
+            if gradient is not None and gradient._use_count() <= _OWN_REFERENCES:  # type: ignore[attr-defined]
+                taken = recorder.take_over(gradient)
+                if taken is not None:
+                    live[block] = taken
+
+        def let_go(block: int) -> None:
+            ctx.held.pop(block, None)
+
+        play(recording.backward, recorder.ledger, live, let_go)
+        parameters = dict(ctx.layer.named_parameters())
+        fresh = _hand_out(recorder, [shape for _, shape in recording.parameter_gradients], live)
+        for (name, _), gradient in zip(recording.parameter_gradients, fresh, strict=True):
+            parameters[name].grad = gradient
+        places = [i for i, shape in enumerate(recording.input_gradients) if shape is not None]
+        handed = _hand_out(recorder, [shape for shape in recording.input_gradients if shape is not None], live)
+        by_place = dict(zip(places, handed, strict=True))
+        ctx.layer = None
+        return None, None, None, None, *[by_place.get(i) for i in range(len(recording.inputs))]
+
+
+def _hand_out(recorder: Recorder, shapes: Sequence[Any], live: dict[int, int]) -> list[Tensor]:
+    """Tensors of `shapes`; from here on their blocks are freed when they go."""
+    tensors = []
+    for shape in shapes:
+        with recorder.paused():
+            tensor = make_tensor(shape)
+        recorder.enter(tensor, live.pop(shape.block))
+        tensors.append(tensor)
+    return tensors
+
+
+def _free_all(ledger: Ledger, live: dict[int, int]) -> None:
+    while live:
+        ledger.free(live.popitem()[1])
+
+
+def _ignore(block: int) -> None:
+    """A block from outside that the layer let go: others hold it still."""
+
+
+def _repeated_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """Layers in lists of at least MIN_EQUAL_LAYERS of one class, but not those inside of others."""
+    found: set[int] = set()
+    for module in model.modules():
+        if id(module) in found or not isinstance(module, nn.ModuleList):
+            continue
+        kinds = [type(layer) for layer in module]
+        for layer in module:
+            if kinds.count(type(layer)) >= MIN_EQUAL_LAYERS:
+                found |= {id(inner) for inner in layer.modules()}
+                yield layer

@@ -1,0 +1,79 @@
+"""What makes two calls of two layers allocate the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+_PLAIN = (bool, int, float, str, torch.dtype, type(None))
+_NUMBERING = frozenset({"layer_idx", "layer_index", "layer_number", "layer_id"})
+"""Attributes that tell a layer its place, and change nothing about what it allocates without a key-value cache."""
+
+
+class Unlike(Exception):
+    """The call has an argument whose effect on allocations is not known."""
+
+
+def module_signature(layer: nn.Module) -> tuple[Any, ...]:
+    """Classes, plain attributes, parameters and buffers of `layer` and all in it, and which gradients it has."""
+    known = layer.__dict__.get("_planned_signature")
+    if known is None:
+        known = tuple(_of_module(name, module) for name, module in layer.named_modules())
+        object.__setattr__(layer, "_planned_signature", known)
+    return (known, layer.training, tuple(parameter.grad is not None for parameter in layer.parameters()))
+
+
+def arguments_signature(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """Shapes, strides and dtypes of tensors, values of all else, and of tensors that have them; which share a storage.
+
+    Raises:
+        Unlike: one is neither a tensor nor a plain value.
+    """
+    groups: dict[int, int] = {}
+    return tuple(_of_argument(leaf, groups) for leaf in leaves)
+
+
+def _of_module(name: str, module: nn.Module) -> tuple[Any, ...]:
+    return (
+        name,
+        type(module),
+        tuple(_plain_attributes(module)),
+        tuple(_of_tensor(key, value) for key, value in module.named_parameters(recurse=False)),
+        tuple(_of_tensor(key, value) for key, value in module.named_buffers(recurse=False)),
+    )
+
+
+def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in sorted(vars(module).items()):
+        if name in _NUMBERING or name == "training":
+            continue
+        if isinstance(value, _PLAIN):
+            yield name, value
+        elif isinstance(value, Mapping) and value and all(isinstance(each, _PLAIN) for each in value.values()):
+            yield name, tuple(value.items())
+
+
+def _of_tensor(name: str, tensor: Tensor) -> tuple[Any, ...]:
+    state = getattr(tensor, "quant_state", None)
+    quantised = None if state is None else (tuple(state.shape), state.blocksize, state.quant_type, state.nested)
+    return (name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad, quantised)
+
+
+def _of_argument(leaf: Any, groups: dict[int, int]) -> Any:
+    if not isinstance(leaf, Tensor):
+        if not isinstance(leaf, _PLAIN):
+            raise Unlike(type(leaf).__name__)
+        return (type(leaf), leaf)
+    group = groups.setdefault(leaf.untyped_storage()._cdata, len(groups))
+    content = None if isinstance(leaf, FakeTensor) else _digest(leaf)
+    return (group, tuple(leaf.shape), leaf.stride(), leaf.storage_offset(), leaf.dtype, leaf.requires_grad, content)
+
+
+def _digest(tensor: Tensor) -> bytes:
+    values = tensor.detach().contiguous().view(-1)
+    return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).digest()
