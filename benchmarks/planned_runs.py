@@ -29,7 +29,7 @@ from benchmarks.record import write_record
 from PIL import Image
 
 from eightgig import registry
-from eightgig.config.loading import resolve
+from eightgig.config.loading import resolve, save_config
 from eightgig.core.units import GIB, MIB
 from eightgig.plan.plan import plan
 from eightgig.plan.workload import QUESTION, WORD
@@ -38,6 +38,11 @@ from eightgig.registry.gpus import get_gpu
 NUM_STEPS = 3
 CARD = "H100 SXM"
 CARD_BUDGET_BYTES = 72 * GIB  # of 79, for all runs side by side
+# The last layer of LLaVA's tower is not used: its features are those of the last but one.
+LLAVA_TOWER_TOO = (
+    r".*(language_model|vision_tower.*layers\.(\d|1\d|2[0-2])\.).*"
+    r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|fc1|fc2|gate_proj|up_proj|down_proj)"
+)
 TOWER_TOO = r".*\.(q_proj|k_proj|v_proj|o_proj|out_proj|qkv|fc1|fc2|gate_proj|up_proj|down_proj)"
 
 
@@ -94,7 +99,7 @@ BUILT = (
     _run("llava-7b-2048-mixed", "llava-1.5-7b", True, length=2048, batch=2, accumulation=2),
     _run("llava-7b-512-whole", "llava-1.5-7b", checkpointing=False),
     _run("llava-7b-fp16-rank-64", "llava-1.5-7b", precision="fp16", rank=64),
-    _run("llava-7b-tower", "llava-1.5-7b", targets=TOWER_TOO, rank=16),
+    _run("llava-7b-tower", "llava-1.5-7b", targets=LLAVA_TOWER_TOO, rank=16),
     _run("llava-7b-lora-16bit", "llava-1.5-7b", method="lora", batch=2),
     _run("llava-13b-512", "llava-1.5-13b"),
     _run("instructblip-512", "instructblip-vicuna-7b", rank=16),
@@ -209,10 +214,10 @@ def measure(run: PlannedRun, work: Path, share: CardShare, planned_bytes: int) -
     """The row of `run`; `error` in it where it ended badly."""
     train, validation = write_data(run, work / f"{run.name}-data")
     folder = work / run.name
-    command = [sys.executable, "-m", "eightgig", "train", "--data", str(train), "--run-folder", str(folder)]
-    command += ["--set", f"data.val_path={validation}", "--max-steps", str(NUM_STEPS)]
-    for key, value in run.assignments().items():
-        command += ["--set", f"{key}={value}"]
+    settings = work / f"{run.name}.yaml"
+    save_config(resolve(None, run.assignments()).config, settings)
+    command = [sys.executable, "-m", "eightgig", "train", "--config", str(settings), "--data", str(train)]
+    command += ["--run-folder", str(folder), "--set", f"data.val_path={validation}", "--max-steps", str(NUM_STEPS)]
     share.take(planned_bytes)
     started = time.perf_counter()
     try:
