@@ -216,7 +216,7 @@ def measure(run: PlannedRun, work: Path, share: CardShare, planned_bytes: int) -
     folder = work / run.name
     settings = work / f"{run.name}.yaml"
     save_config(resolve(None, run.assignments()).config, settings)
-    command = [sys.executable, "-m", "eightgig", "train", "--config", str(settings), "--data", str(train)]
+    command = [sys.executable, "-m", "eightgig", "train", str(settings), "--data", str(train)]
     command += ["--run-folder", str(folder), "--set", f"data.val_path={validation}", "--max-steps", str(NUM_STEPS)]
     share.take(planned_bytes)
     started = time.perf_counter()
