@@ -3,8 +3,8 @@
 usage: python -m benchmarks.step_time --out RECORD.json [--only MODEL ...] [--budget-s 230] [--no-kernels]
 
 One process, alone on the GPU. Each run makes the trainer's own step over the planner's largest micro-batch: 2 steps to
-warm up (the second with its operations counted), 2 to 4 timed, one under the profiler. Runs of one model share its weights.
-A run that fails, or for which no time is left, stands in the record with its error, and the script ends badly.
+warm up (the second with its operations counted), 2 to 4 timed, one under the profiler. Runs of one model share its
+weights. A run that fails, or for which no time is left, stands in the record with its error, and the script ends badly.
 """
 
 from __future__ import annotations
