@@ -148,7 +148,7 @@ CORES = {
 @pytest.mark.parametrize("name", CORES)
 def test_the_fp32_rate_is_two_flop_a_core_and_clock(name: str) -> None:
     cores, boost_ghz = CORES[name]
-    assert get_gpu(name).fp32_flop_per_s == pytest.approx(2 * cores * boost_ghz * 1e9, rel=0.005)
+    assert get_gpu(name).fp32_flop_per_s == pytest.approx(2 * cores * boost_ghz * 1e9, rel=0.01)
 
 
 def test_a_geforce_cards_fp32_rate_follows_from_its_matrix_rate() -> None:

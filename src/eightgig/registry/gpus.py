@@ -15,8 +15,8 @@ What the columns of gpus.json are, and where they come from:
   cards CUDA cores x boost clock x FLOP per core and clock: 8 on Turing, 4 from Ampere on (Turing, GA102, Ada v2.02 and
   RTX Blackwell whitepapers), a half of what they do with fp16 sums. Else the data sheet's, not its figure for sparse
   matrices. rate_basis says which, and what versions of the card differ in.
-- fp32_tflop_per_s: products in fp32 outside the tensor cores, as PyTorch makes them by default: cores x boost clock x 2.
-  Of a GeForce card that is a quarter (Turing) or a half (from Ampere on) of matrix_tflop_per_s.
+- fp32_tflop_per_s: products in fp32 outside the tensor cores, as PyTorch makes them by default: CUDA cores x boost
+  clock x 2. Of an RTX card that is a quarter (Turing) or a half (from Ampere on) of matrix_tflop_per_s.
 - pcie_generation, pcie_lanes: the card's own link. A laptop or a slot may connect fewer lanes.
 """
 
