@@ -14,31 +14,15 @@ import torch
 from bitsandbytes import functional
 from torch import Tensor
 
+from eightgig.plan.card_rates import gpu_seconds
+
 CUDA = torch.device("cuda")
-PAUSE_CYCLES = 10_000_000  # 5 to 8 ms at the clocks of today's cards: longer than the launches of one measurement take
-NUM_CALLS = 12
 NUM_SETS = 3  # of operands, taken in turns: weights of a model come from memory, not from the cache
 
 TOKENS = (64, 256, 600, 1088, 2048, 4096, 8192)
 WEIGHTS = ((4096, 4096), (11008, 4096), (4096, 11008), (3584, 512), (18944, 3584), (2048, 6144), (32064, 4096))
 RANKS = (8, 16, 64)
 ADAPTED = ((4096, 4096), (4096, 11008))  # inputs and outputs of a layer with an adapter
-
-
-def gpu_seconds(calls: Sequence[Callable[[], Any]], num_calls: int = NUM_CALLS) -> float:
-    """GPU time of one of `calls`, which are made in turns."""
-    turns = list(itertools.islice(itertools.cycle(calls), num_calls))
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(PAUSE_CYCLES)
-    start.record()
-    for call in turns:
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / num_calls
 
 
 def _product_call(shape_a: tuple[int, int], shape_b: tuple[int, int], dtype: torch.dtype, layout: str) -> Any:

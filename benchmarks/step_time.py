@@ -32,6 +32,7 @@ from eightgig.core.units import GIB
 from eightgig.models.adapters import attach_adapters
 from eightgig.models.load import LoadedModel, load_model
 from eightgig.models.precision import choose_precision
+from eightgig.plan.card_rates import measure_rates, rates_as_json
 from eightgig.plan.workload import largest_workload
 from eightgig.registry import ModelSpec, resolve
 from eightgig.step.build import build_compute, build_step, checkpoint_as_configured
@@ -316,6 +317,9 @@ def main() -> None:
     if not arguments.no_kernels:
         try:
             figures["kernels"] = all_kernels()
+            started = time.perf_counter()
+            rates = rates_as_json(measure_rates(torch.device("cuda")))
+            figures["rates"] = rates | {"measuring_s": time.perf_counter() - started}
         except Exception:  # noqa: BLE001 - the runs are still wanted
             figures["kernels"] = {"error": traceback.format_exc()}
             print(figures["kernels"]["error"], flush=True)

@@ -44,7 +44,6 @@ class OpCost:
         moved_bytes: read and written by the kernel that does the work.
         prepared_bytes: read and written before that by kernels which make its operands (dequantising).
         num_kernels: launched for it.
-        narrow: of a product the smallest of its three sizes, 0 for others.
     """
 
     kind: str
@@ -53,7 +52,6 @@ class OpCost:
     moved_bytes: int
     prepared_bytes: int = 0
     num_kernels: int = 1
-    narrow: int = 0
 
 
 Rule = Callable[[Sequence[Any], Mapping[str, Any], Any], OpCost | None]
@@ -159,7 +157,7 @@ def _product(first: int, args: Sequence[Any], kwargs: Mapping[str, Any], output:
     n = right.shape[-1]
     moved_bytes = _bytes(left) + _bytes(right) + _bytes(output)
     moved_bytes += sum(_bytes(value) for value in args[:first])  # what is added
-    return OpCost(PRODUCT, left.dtype, 2 * math.prod(batch) * m * n * k, moved_bytes, narrow=min(m, n, k))
+    return OpCost(PRODUCT, left.dtype, 2 * math.prod(batch) * m * n * k, moved_bytes)
 
 
 def _convolution(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> OpCost:
@@ -168,8 +166,7 @@ def _convolution(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) ->
     positions = inputs if is_transposed else output
     num_positions = positions.shape[0] * math.prod(positions.shape[2:])
     moved_bytes = _bytes(inputs) + _bytes(weight) + _bytes(output)
-    narrow = min(num_positions, weight.shape[0], weight.numel() // weight.shape[0])
-    return OpCost(PRODUCT, inputs.dtype, 2 * num_positions * weight.numel(), moved_bytes, narrow=narrow)
+    return OpCost(PRODUCT, inputs.dtype, 2 * num_positions * weight.numel(), moved_bytes)
 
 
 def _convolution_backward(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> OpCost:
@@ -179,9 +176,8 @@ def _convolution_backward(args: Sequence[Any], kwargs: Mapping[str, Any], output
     num_positions = positions.shape[0] * math.prod(positions.shape[2:])
     made = [value for value in output[:2] if value is not None]
     moved_bytes = sum(map(_bytes, made)) + len(made) * (_bytes(gradient) + (_bytes(inputs) + _bytes(weight)) // 2)
-    narrow = min(num_positions, weight.shape[0], weight.numel() // weight.shape[0])
     flops = 2 * num_positions * weight.numel() * len(made)
-    return OpCost(PRODUCT, gradient.dtype, flops, moved_bytes, num_kernels=max(1, len(made)), narrow=narrow)
+    return OpCost(PRODUCT, gradient.dtype, flops, moved_bytes, num_kernels=max(1, len(made)))
 
 
 def _product_4bit(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> OpCost:
@@ -192,7 +188,7 @@ def _product_4bit(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -
     stored_bytes += sum(_bytes(tensor) for value in (*args[6:], *kwargs.values()) for tensor in _tensors(value))
     flops, inputs_bytes = 2 * m * n * k, _bytes(inputs) + _bytes(output)
     if m <= FUSED_GEMM_MAX_ROWS:
-        return OpCost(PRODUCT, inputs.dtype, flops, inputs_bytes + stored_bytes, narrow=min(m, n, k))
+        return OpCost(PRODUCT, inputs.dtype, flops, inputs_bytes + stored_bytes)
     weight_bytes = n * k * inputs.element_size()
     return OpCost(
         PRODUCT,
@@ -201,7 +197,6 @@ def _product_4bit(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -
         inputs_bytes + weight_bytes,
         prepared_bytes=stored_bytes + weight_bytes,
         num_kernels=KERNELS_OF_UNFUSED_4BIT,
-        narrow=min(m, n, k),
     )
 
 
