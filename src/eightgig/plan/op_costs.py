@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import bitsandbytes  # noqa: F401 - registers the operations that are named here and in cuda_rules
 import torch
 from torch import Tensor
 
