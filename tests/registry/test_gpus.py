@@ -123,6 +123,41 @@ def test_a_row_says_what_the_survey_says(name: str) -> None:
     assert gpu.pcie_bytes_per_s == pytest.approx(attained_bytes_per_s, rel=1e-3)
 
 
+# CUDA cores and boost clock in GHz, from NVIDIA's pages and whitepapers; a core does one fp32 FMA a clock.
+CORES = {
+    "GTX 1660": (1408, 1.785),
+    "RTX 2060 SUPER": (2176, 1.65),
+    "RTX 2080 Ti": (4352, 1.545),
+    "RTX 3060": (3584, 1.777),
+    "RTX 3090": (10496, 1.695),
+    "RTX 4060": (3072, 2.46),
+    "RTX 4090": (16384, 2.52),
+    "RTX 5090": (21760, 2.407),
+    "T4": (2560, 1.59),
+    "L4": (7424, 2.04),
+    "A10": (9216, 1.695),
+    "A100 40GB": (6912, 1.41),
+    "A100 80GB SXM": (6912, 1.41),
+    "A100 80GB PCIe": (6912, 1.41),
+    "H100 SXM": (16896, 1.98),
+    "H100 PCIe": (14592, 1.755),
+    "H200": (16896, 1.98),
+}
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_the_fp32_rate_is_two_flop_a_core_and_clock(name: str) -> None:
+    cores, boost_ghz = CORES[name]
+    assert get_gpu(name).fp32_flop_per_s == pytest.approx(2 * cores * boost_ghz * 1e9, rel=0.01)
+
+
+def test_a_geforce_cards_fp32_rate_follows_from_its_matrix_rate() -> None:
+    for gpu in all_gpus():
+        if gpu.name.startswith("RTX") and gpu.matrix_flop_per_s is not None:
+            share = 4 if gpu.compute_capability == (7, 5) else 2
+            assert gpu.fp32_flop_per_s == pytest.approx(gpu.matrix_flop_per_s / share, rel=1e-3)
+
+
 def test_every_row_is_checked_but_the_one_without_a_rate() -> None:
     checked = {get_gpu(name).name for name in SURVEY}
     assert {gpu.name for gpu in all_gpus()} - checked == {"RTX 3050 Laptop 4GB"}
@@ -304,7 +339,7 @@ def test_a_card_of_a_given_memory_has_that_and_no_speed(gib: float) -> None:
     gpu = gpu_of_vram(gib)
     assert gpu.vram_bytes <= gib * 1024**3 < gpu.vram_bytes + 1
     assert gpu.vram_gb is None
-    assert gpu.bandwidth_bytes_per_s is gpu.matrix_flop_per_s is gpu.pcie_bytes_per_s is None
+    assert gpu.bandwidth_bytes_per_s is gpu.matrix_flop_per_s is gpu.fp32_flop_per_s is gpu.pcie_bytes_per_s is None
     assert gpu.compute_capability is gpu.has_bf16 is None
 
 

@@ -15,6 +15,8 @@ What the columns of gpus.json are, and where they come from:
   cards CUDA cores x boost clock x FLOP per core and clock: 8 on Turing, 4 from Ampere on (Turing, GA102, Ada v2.02 and
   RTX Blackwell whitepapers), a half of what they do with fp16 sums. Else the data sheet's, not its figure for sparse
   matrices. rate_basis says which, and what versions of the card differ in.
+- fp32_tflop_per_s: products in fp32 outside the tensor cores, as PyTorch makes them by default: CUDA cores x boost
+  clock x 2. Of an RTX card that is a quarter (Turing) or a half (from Ampere on) of matrix_tflop_per_s.
 - pcie_generation, pcie_lanes: the card's own link. A laptop or a slot may connect fewer lanes.
 """
 
@@ -56,6 +58,7 @@ class GpuFacts:
         vram_basis: where `vram_bytes` comes from.
         bandwidth_bytes_per_s: published bandwidth of the card's memory.
         matrix_flop_per_s: dense fp16 and bf16 matrix products with fp32 sums, at the boost clock.
+        fp32_flop_per_s: products in fp32 outside the tensor cores, at the boost clock.
         rate_basis: where `matrix_flop_per_s` comes from.
         pcie_bytes_per_s: what a copy between pinned memory and the card attains, one way.
         compute_capability: major and minor.
@@ -69,6 +72,7 @@ class GpuFacts:
     vram_basis: str
     bandwidth_bytes_per_s: float | None
     matrix_flop_per_s: float | None
+    fp32_flop_per_s: float | None
     rate_basis: str | None
     pcie_bytes_per_s: float | None
     compute_capability: tuple[int, int] | None
@@ -133,6 +137,7 @@ def gpu_of_vram(gib: float) -> GpuFacts:
         vram_basis="as given",
         bandwidth_bytes_per_s=None,
         matrix_flop_per_s=None,
+        fp32_flop_per_s=None,
         rate_basis=None,
         pcie_bytes_per_s=None,
         compute_capability=None,
@@ -152,6 +157,7 @@ def _facts(row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> Gpu
         vram_basis=vram_basis,
         bandwidth_bytes_per_s=row["bandwidth_gb_per_s"] * 1e9,
         matrix_flop_per_s=None if tflop_per_s is None else tflop_per_s * 1e12,
+        fp32_flop_per_s=None if row["fp32_tflop_per_s"] is None else row["fp32_tflop_per_s"] * 1e12,
         rate_basis=row["rate_basis"],
         pcie_bytes_per_s=_attained_pcie_bytes_per_s(row["pcie_generation"], row["pcie_lanes"]),
         compute_capability=(major, minor),
