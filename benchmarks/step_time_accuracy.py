@@ -8,9 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,62 +17,26 @@ from benchmarks.step_time import RUNS, StepRun
 
 from eightgig.models.precision import DTYPES, Precision
 from eightgig.plan.card_rates import CardRates, attained
-from eightgig.plan.cuda_rules import CudaRules
-from eightgig.plan.fake_model import CPU, CUDA, build_fake
-from eightgig.plan.op_costs import OpCost, op_cost
-from eightgig.plan.recorder import Recorder
+from eightgig.plan.simulate import Simulator
 from eightgig.plan.step_time import device_seconds, issue_seconds, planned_time
-from eightgig.plan.trace import MemoryTrace
 from eightgig.plan.workload import largest_workload
 from eightgig.registry import resolve
-from eightgig.step.build import build_compute, build_step, checkpoint_as_configured
 
 MEASURED = Path(__file__).parent / "results" / "step_time.json"
 H100 = (9, 0)
 BINDING_SHARE = 0.85  # of a step: where the GPU computes for longer, the step is bound by it
 
 
-class CostRecorder(Recorder):
-    """A recorder that also counts costs, under the phase that is set."""
-
-    def __init__(self) -> None:
-        super().__init__(MemoryTrace(), CudaRules(H100))
-        self.costs: dict[str, Counter[OpCost]] = {}
-        self.phase = "load"
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = super().__torch_dispatch__(func, types, args, kwargs)
-        cost = op_cost(func, args, kwargs or {}, output)
-        if cost is not None:
-            self.costs.setdefault(self.phase, Counter())[cost] += 1
-        return output
-
-
-def simulated_costs(run: StepRun) -> Mapping[str, Counter[OpCost]]:
-    """Costs of `train`, one micro-batch, and of `update`, both as in the second optimizer step."""
+def predict(run: StepRun, row: Mapping[str, Any], rates: CardRates) -> dict[str, Any]:
+    """The planned step beside the measured `row`."""
+    started = time.perf_counter()
     config, spec = run.config("cuda"), resolve(run.model)
     mixed = config.hardware.mixed_precision
     precision = Precision(compute_dtype=DTYPES[mixed], mixed_precision=mixed, note=None)
     work = largest_workload(config, spec)
-    recorder = CostRecorder()
-    model = build_fake(config, spec, work.processor, precision, recorder)
-    checkpoint_as_configured(config, spec, model)
-    compute = replace(build_compute(config, CUDA, precision), device=CPU)
-    step = build_step(config, spec, model, compute, num_steps=2, optimizer_device=CUDA)
-    with recorder:
-        for suffix in (" first", ""):
-            recorder.phase = f"train{suffix}"
-            step([work.batch], work.batch.num_target_tokens)
-            recorder.phase = f"update{suffix}"
-            step.apply(step.finish_gradients())
-    return {phase: recorder.costs[phase] for phase in ("train", "update")}
-
-
-def predict(run: StepRun, row: Mapping[str, Any], rates: CardRates) -> dict[str, Any]:
-    """The planned step beside the measured `row`."""
-    started = time.perf_counter()
-    costs = simulated_costs(run)
-    train, update = costs["train"], costs["update"]
+    simulator = Simulator(config, spec, work.processor, precision, H100)
+    simulated = simulator.run(config, work, validates=False)
+    train, update = simulated.micro_batch_costs, simulated.update_costs
     num_micro_batches = run.accumulation
     planned = planned_time(
         train,

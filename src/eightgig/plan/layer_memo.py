@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from eightgig.plan.layer_recording import LayerRecording, make_tensor, record_layer
 from eightgig.plan.layer_signature import Unlike, arguments_signature, module_signature
+from eightgig.plan.op_costs import OpCost
 from eightgig.plan.recorder import Ledger, Recorder
 from eightgig.plan.tape import play
 
@@ -75,6 +77,7 @@ class LayerMemo:
         else:
             live: dict[int, int] = {}
             play(recording.forward, self.recorder.ledger, live, _ignore)
+            _add(self.recorder.costs, recording.forward_costs)
             outputs = tuple(_hand_out(self.recorder, recording.outputs, live))
             _free_all(self.recorder.ledger, live)
         return tree_unflatten(list(outputs), recording.output_structure)
@@ -96,6 +99,7 @@ class _PlayedLayer(torch.autograd.Function):
         live: dict[int, int] = {}
         ctx.live = live
         play(recording.forward, recorder.ledger, live, _ignore)
+        _add(recorder.costs, recording.forward_costs)
         ctx.held = {
             block: [tensors[i] for i, own in enumerate(recording.inputs) if own == block]
             for block in recording.kept_inputs
@@ -118,6 +122,7 @@ class _PlayedLayer(torch.autograd.Function):
             ctx.held.pop(block, None)
 
         play(recording.backward, recorder.ledger, live, let_go)
+        _add(recorder.costs, recording.backward_costs)
         parameters = dict(ctx.layer.named_parameters())
         fresh = _hand_out(recorder, [shape for _, shape in recording.parameter_gradients], live)
         for (name, _), gradient in zip(recording.parameter_gradients, fresh, strict=True):
@@ -143,6 +148,11 @@ def _hand_out(recorder: Recorder, shapes: Sequence[Any], live: dict[int, int]) -
 def _free_all(ledger: Ledger, live: dict[int, int]) -> None:
     while live:
         ledger.free(live.popitem()[1])
+
+
+def _add(total: Counter[OpCost] | None, costs: Counter[OpCost]) -> None:
+    if total is not None:
+        total.update(costs)
 
 
 def _ignore(block: int) -> None:

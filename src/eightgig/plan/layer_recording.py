@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from eightgig.plan.layer_signature import Unlike
+from eightgig.plan.op_costs import OpCost
 from eightgig.plan.recorder import Recorder
 from eightgig.plan.tape import Event, Tape
 
@@ -47,6 +49,7 @@ class LayerRecording:
         has_backward: whether gradients flow through or into it.
         output_gradients: blocks of the gradients that come in.
         input_gradients: of each tensor argument the gradient that goes out, None without one.
+        forward_costs, backward_costs: of its operations.
         parameter_gradients: of each parameter that had none before, its name and gradient.
     """
 
@@ -60,6 +63,8 @@ class LayerRecording:
     output_gradients: list[int] = field(default_factory=list)
     input_gradients: list[TensorShape | None] = field(default_factory=list)
     parameter_gradients: list[tuple[str, TensorShape]] = field(default_factory=list)
+    forward_costs: Counter[OpCost] = field(default_factory=Counter)
+    backward_costs: Counter[OpCost] = field(default_factory=Counter)
 
 
 def record_layer(
@@ -77,13 +82,13 @@ def record_layer(
     Raises:
         Unlike: it takes or returns what can't be copied or made anew.
     """
-    ledger, tape = recorder.ledger, Tape()
+    ledger, costs, tape = recorder.ledger, recorder.costs, Tape()
     gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
     recorder.ledger = tape
     try:
         return _Session(recorder, tape, layer).run(forward, leaves, structure)
     finally:
-        recorder.ledger = ledger
+        recorder.ledger, recorder.costs = ledger, costs
         for name, parameter in layer.named_parameters():
             parameter.grad = gradients[name]
 
@@ -151,7 +156,9 @@ class _Session:
 
     def _forward(self, forward: Callable[..., Any], leaves: Sequence[Any], structure: Any) -> list[Tensor]:
         args, kwargs = tree_unflatten(self._own(leaves), structure)
+        self.recorder.costs = self.recording.forward_costs
         output = forward(*args, **kwargs)
+        self.recorder.costs = None
         self.recording.forward = list(self.tape.events)
         flat, self.recording.output_structure = tree_flatten(output)
         if not all(isinstance(leaf, FakeTensor) for leaf in flat):
@@ -224,6 +231,7 @@ class _Begin(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
         session = ctx.session
         session.backward_end = len(session.tape.events)
+        session.recorder.costs = None
         for place, gradient in zip(ctx.places, gradients, strict=True):
             if gradient is not None:
                 session.recording.input_gradients[place] = session.shape_of(gradient)
@@ -251,4 +259,5 @@ class _End(torch.autograd.Function):
             gradients.append(made)
         del made
         session.backward_begin = len(session.tape.events)
+        session.recorder.costs = session.recording.backward_costs
         return None, *gradients

@@ -13,6 +13,7 @@ from eightgig.models.least_memory import CONTEXT_BYTES
 from eightgig.models.precision import DTYPES, Precision
 from eightgig.plan.allocator import AllocatorResult, AllocatorSettings, replay
 from eightgig.plan.simulate import Simulation, simulate
+from eightgig.plan.step_time import PlannedTime, planned_time
 from eightgig.plan.workload import Workload, largest_workload
 
 if TYPE_CHECKING:
@@ -55,23 +56,6 @@ class Lever:
     saves_bytes: int
     costs_s: float
     reason: str
-
-
-@dataclass(frozen=True)
-class PlannedTime:
-    """How long a run takes.
-
-    Attributes:
-        step_s: one optimizer step.
-        epoch_s: one pass over the data, None where it is not known.
-        tokens_per_s: of training, image tokens among them.
-        basis: where the card's rates come from.
-    """
-
-    step_s: float
-    epoch_s: float | None
-    tokens_per_s: float
-    basis: str
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from eightgig.plan.cuda_rules import CudaRules
+from eightgig.plan.op_costs import OpCost, op_cost
 
 aten = torch.ops.aten
 _READ_SCALAR = aten._local_scalar_dense.default
@@ -45,6 +47,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         ledger: what new storages are written into; each is freed where it was written.
+        costs: what operations cost is added up here; None: it is not asked for.
         flag: what is read from a fake boolean; generation asks in one whether every answer has ended.
     """
 
@@ -52,6 +55,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = ledger
         self.flag = False
+        self.costs: Counter[OpCost] | None = None
         self._rules = rules
         self._is_paused = False
         # The address of a live storage's C++ object -> where it is written down, and what frees it there.
@@ -74,6 +78,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with self._rules.around(func, args, keywords, self.ledger):
             output = func(*args, **keywords)
             self._note(output)
+        if self.costs is not None:
+            cost = op_cost(func, args, keywords, output)
+            if cost is not None:
+                self.costs[cost] += 1
         return output
 
     @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from eightgig.models.precision import Precision
 from eightgig.plan.cuda_rules import CudaRules
 from eightgig.plan.fake_model import CPU, CUDA, build_fake
 from eightgig.plan.layer_memo import LayerMemo
+from eightgig.plan.op_costs import OpCost
 from eightgig.plan.recorder import Recorder
 from eightgig.plan.trace import MemoryTrace
 from eightgig.plan.workload import Workload
@@ -47,6 +50,8 @@ class Simulation:
         adapters_bytes: trained parameters of adapters.
         gradients_bytes: of every trained parameter.
         optimizer_bytes: states on the GPU.
+        micro_batch_costs: forward and backward pass of one micro-batch, each kind of operation with how often it runs.
+        update_costs: clipping and the optimizer.
     """
 
     trace: MemoryTrace
@@ -55,6 +60,8 @@ class Simulation:
     adapters_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
+    micro_batch_costs: Mapping[OpCost, float]
+    update_costs: Mapping[OpCost, float]
 
 
 class Simulator:
@@ -119,18 +126,24 @@ class Simulator:
         compute = replace(build_compute(config, CUDA, self._precision), device=CPU)
         step = build_step(config, spec, model, compute, num_steps=NUM_STEPS, optimizer_device=CUDA)
         num_micro_batches = min(config.training.gradient_accumulation_steps, MAX_MICRO_BATCHES)
+        micro_batches, update = Counter[OpCost](), Counter[OpCost]()
         with self._recorder:
             if validates:
                 trace.mark("validate")
                 self._validate(work, compute)
-            for _ in range(NUM_STEPS):
+            for index in range(NUM_STEPS):
+                is_last = index == NUM_STEPS - 1  # the one whose costs are those of all later ones
                 trace.mark("train")
+                self._recorder.costs = micro_batches if is_last else None
                 step([work.batch] * num_micro_batches, work.batch.num_target_tokens)
+                self._recorder.costs = update if is_last else None
                 step.apply(step.finish_gradients())
+            self._recorder.costs = None
             if validates:
                 trace.mark("validate")
                 self._validate(work, compute)
-        return _result(trace, model, step, has_adapters=config.training.lora is not None)
+        costs = {cost: count / num_micro_batches for cost, count in micro_batches.items()}
+        return _result(trace, model, step, costs, update, has_adapters=config.training.lora is not None)
 
     def _validate(self, work: Workload, compute: Compute) -> None:
         """A run's validation: the loss over a batch, and the first token of an answer to its prompts."""
@@ -164,7 +177,15 @@ def simulate(
     return simulator.run(config, work)
 
 
-def _result(trace: MemoryTrace, model: nn.Module, step: TrainingStep, *, has_adapters: bool) -> Simulation:
+def _result(
+    trace: MemoryTrace,
+    model: nn.Module,
+    step: TrainingStep,
+    micro_batch_costs: Mapping[OpCost, float],
+    update_costs: Mapping[OpCost, float],
+    *,
+    has_adapters: bool,
+) -> Simulation:
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     trained = list(step.trainable.values())
     states = [value for state in step.optimizer.state.values() for value in state.values()]
@@ -176,6 +197,8 @@ def _result(trace: MemoryTrace, model: nn.Module, step: TrainingStep, *, has_ada
         adapters_bytes=_bytes(trained) if has_adapters else 0,
         gradients_bytes=_bytes(trained),
         optimizer_bytes=_bytes(value for value in states if isinstance(value, torch.Tensor)),
+        micro_batch_costs=micro_batch_costs,
+        update_costs=update_costs,
     )
 
 

@@ -29,8 +29,8 @@ class PlannedTime:
 
 
 def planned_time(
-    train: Mapping[OpCost, int],
-    update: Mapping[OpCost, int],
+    train: Mapping[OpCost, float],
+    update: Mapping[OpCost, float],
     rates: CardRates,
     *,
     num_micro_batches: int,
@@ -58,17 +58,17 @@ def planned_time(
     )
 
 
-def seconds(costs: Mapping[OpCost, int], rates: CardRates) -> float:
+def seconds(costs: Mapping[OpCost, float], rates: CardRates) -> float:
     """The time of operations that cost `costs`, each with how often it runs: the card's or the CPU's, if longer."""
     return max(device_seconds(costs, rates), issue_seconds(costs, rates))
 
 
-def device_seconds(costs: Mapping[OpCost, int], rates: CardRates) -> float:
+def device_seconds(costs: Mapping[OpCost, float], rates: CardRates) -> float:
     """The card's time for `costs`, were it never to wait for the CPU."""
     return sum(count * _kernel_seconds(cost, rates) for cost, count in costs.items())
 
 
-def issue_seconds(costs: Mapping[OpCost, int], rates: CardRates) -> float:
+def issue_seconds(costs: Mapping[OpCost, float], rates: CardRates) -> float:
     """The CPU's time to issue `costs`, were it never to wait for the card."""
     return sum(costs.values()) * rates.dispatch_s
 
