@@ -14,34 +14,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eightgig.app.card_wanted import CardWanted, facts_of_card
 from eightgig.app.plan_cache import plan_cache, plan_key
-from eightgig.config import TrainingConfig, save_config
-from eightgig.config.files import known_suffix
-from eightgig.core.errors import ConfigError, DoesNotFit, Problem, UnsupportedModel
-from eightgig.core.units import GIB, format_bytes
+from eightgig.config import DataConfig, TrainingConfig
+from eightgig.core.errors import UnsupportedModel
+from eightgig.core.units import GIB
 from eightgig.data.quarantine import Quarantine
-from eightgig.data.sets import ReadData, read_data
-from eightgig.memory.card_at_hand import card_at_hand
+from eightgig.data.sets import read_data
 from eightgig.registry import resolve
-from eightgig.registry.gpus import GpuFacts, get_gpu, gpu_of_vram
+from eightgig.registry.gpus import GpuFacts
 
 if TYPE_CHECKING:
-    from eightgig.plan.data_workload import DataFacts
+    from eightgig.data.sample import Sample
+    from eightgig.plan.data_workload import DataFacts, DataWorkloads
     from eightgig.plan.plan import Plan, PlannedTime
     from eightgig.plan.workload import Workload
-
-
-@dataclass(frozen=True)
-class CardWanted:
-    """The card that a plan is for: `gpu` by name, one of `vram_gib`, else the one in this machine, else none.
-
-    Attributes:
-        reserve_gib: of the card's memory, kept free for its other users.
-    """
-
-    gpu: str | None = None
-    vram_gib: float | None = None
-    reserve_gib: float = 0.0
+    from eightgig.registry import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -58,6 +46,36 @@ class Question:
     gpu: GpuFacts | None
     driver: str | None
     reserve_bytes: int
+
+
+class UserData:
+    """The data of one call, read at once and measured once: how many tokens a sample has does not depend on the method.
+
+    Bad records will be listed in a folder of this call's own.
+
+    Raises:
+        DataError: the files that `settings` names are missing, or of no known shape.
+    """
+
+    def __init__(self, settings: DataConfig) -> None:
+        folder = Path(tempfile.gettempdir()) / f"eightgig-plan-{uuid.uuid4().hex[:8]}"
+        self.read = read_data(settings, Quarantine(folder / "quarantine.jsonl"))
+        self._workloads: DataWorkloads | None = None
+
+    @classmethod
+    def of(cls, config: TrainingConfig) -> UserData | None:
+        """The data that `config` names, if any."""
+        return None if config.data.data_path is None else cls(config.data)
+
+    def workloads(self, config: TrainingConfig, spec: ModelSpec) -> DataWorkloads:
+        """The micro-batches that it makes; `config` and `spec` are the same in each call but for the method."""
+        from eightgig.plan.data_workload import data_workloads
+
+        if self._workloads is None:
+            self._workloads = data_workloads(config, spec, self.read)
+            if not len(self.read.quarantine):
+                shutil.rmtree(self.read.quarantine.path.parent, ignore_errors=True)
+        return self._workloads
 
 
 @dataclass(frozen=True)
@@ -83,7 +101,7 @@ def plan_run(
         EnvironmentProblem: the hub can't be reached, which models outside the registry need.
     """
     card = CardWanted(gpu, vram_gib, reserve_gib)
-    return _answer(_question(config, card), _read(config)).plan
+    return _answer(_question(config, card), UserData.of(config)).plan
 
 
 def plan_as_json(
@@ -97,7 +115,7 @@ def plan_as_json(
     Raises:
         EightGigError: as `plan_run`.
     """
-    return _plan_as_json(_question(config, card), uses_cache=uses_cache)
+    return _plan_as_json(_question(config, card), UserData.of(config), uses_cache=uses_cache)
 
 
 def compare_as_json(
@@ -113,10 +131,11 @@ def compare_as_json(
     """
     compared: dict[str, Any] = {}
     errors: list[UnsupportedModel] = []
+    data = UserData.of(next(iter(configs.values())))
     for method, config in configs.items():
         question = _question(config, card)
         try:
-            compared[method] = _plan_as_json(question, uses_cache=uses_cache)
+            compared[method] = _plan_as_json(question, data, uses_cache=uses_cache)
         except UnsupportedModel as error:
             errors.append(error)
             compared[method] = {"error": str(error)}
@@ -125,48 +144,18 @@ def compare_as_json(
     return {"compare": compared}
 
 
-def check_config_path(path: Path) -> None:
-    """Raise ConfigError where no configuration can be written to `path`: its suffix is none's, or it exists."""
-    known_suffix(path)
-    if path.exists():
-        raise ConfigError(
-            [Problem("--write", str(path), "a file that does not exist yet, so that no settings are lost")],
-            source="command line",
-            next_step=f"choose another name, or delete {path}",
-        )
-
-
-def write_config(planned: Mapping[str, Any], path: Path) -> None:
-    """Write the settings of a plan to `path`, for `eightgig train`.
-
-    Raises:
-        DoesNotFit: the plan says that they would not fit; nothing is written.
-        ConfigError: as `check_config_path`.
-    """
-    check_config_path(path)
-    if planned["fits"] is False:
-        needed, budget = format_bytes(planned["peak"]["device_bytes"]), format_bytes(planned["budget_bytes"])
-        raise DoesNotFit(
-            f"{path} was not written: the run would take {needed} of the card's {budget}",
-            expected="settings that fit the card",
-            next_step="plan a smaller data.max_length, data.image_size or model, method qlora, or a larger card",
-        )
-    save_config(TrainingConfig.model_validate(planned["config"]), path)
-
-
-def _plan_as_json(question: Question, *, uses_cache: bool) -> dict[str, Any]:
-    read = _read(question.config)
+def _plan_as_json(question: Question, data: UserData | None, *, uses_cache: bool) -> dict[str, Any]:
     key = plan_key(
         question.config,
         gpu=question.gpu,
         driver=question.driver,
         reserve_bytes=question.reserve_bytes,
-        read=read,
+        read=None if data is None else data.read,
     )
     kept = plan_cache().get(key) if uses_cache and key is not None else None
     if isinstance(kept, dict):
         return kept
-    answer = _answer(question, read)
+    answer = _answer(question, data)
     planned: dict[str, Any] = json.loads(json.dumps(answer.plan.to_json()))  # as it comes back from a file
     if key is not None and answer.is_lasting:
         plan_cache().put(key, planned)
@@ -174,55 +163,38 @@ def _plan_as_json(question: Question, *, uses_cache: bool) -> dict[str, Any]:
 
 
 def _question(config: TrainingConfig, card: CardWanted) -> Question:
-    facts, driver = _facts(card)
+    facts, driver = facts_of_card(card)
     return Question(config, facts, driver, round(card.reserve_gib * GIB))
 
 
-def _facts(card: CardWanted) -> tuple[GpuFacts | None, str | None]:
-    """The card that is meant, and the driver's version where it is in this machine."""
-    if card.gpu is not None:
-        vram_bytes = None if card.vram_gib is None else round(card.vram_gib * GIB)
-        return get_gpu(card.gpu, vram_bytes=vram_bytes), None
-    if card.vram_gib is not None:
-        return gpu_of_vram(card.vram_gib), None
-    found = card_at_hand()
-    return (None, None) if found is None else (found.gpu, found.driver)
-
-
-def _read(config: TrainingConfig) -> ReadData | None:
-    """The user's data, if any is named. Bad records will be listed in a folder of this call's own."""
-    if config.data.data_path is None:
-        return None
-    folder = Path(tempfile.gettempdir()) / f"eightgig-plan-{uuid.uuid4().hex[:8]}"
-    return read_data(config.data, Quarantine(folder / "quarantine.jsonl"))
-
-
-def _answer(question: Question, read: ReadData | None) -> Answer:
+def _answer(question: Question, data: UserData | None) -> Answer:
     spec = resolve(question.config.model.name, question.config.model.revision)
     from eightgig.plan.plan import plan
 
-    if read is None:
+    if data is None:
         planned = plan(question.config, spec, question.gpu, reserve_bytes=question.reserve_bytes)
         return Answer(replace(planned, workload={**planned.workload, "data": None}), is_lasting=True)
-    from eightgig.plan.data_workload import data_workloads
-
-    found = data_workloads(question.config, spec, read)
-    if not len(read.quarantine):
-        shutil.rmtree(read.quarantine.path.parent, ignore_errors=True)
+    found = data.workloads(question.config, spec)
 
     def planned_for(work: Workload) -> Plan:
         return plan(question.config, spec, question.gpu, reserve_bytes=question.reserve_bytes, workload=work)
 
     plans = {reason: planned_for(work) for reason, work in found.largest.items()}
     decisive = max(plans, key=lambda reason: plans[reason].peak.device_bytes)
-    samples = [f"{sample.sample_id} ({sample.source})" for sample in found.largest[decisive].samples]
-    data = {"decided_by": decisive, "samples": samples, **_data_json(found.facts)}
+    samples = [_name_of(sample) for sample in found.largest[decisive].samples]
+    facts = {"decided_by": decisive, "samples": samples, **_data_json(found.facts)}
     planned = plans[decisive]
     usual = planned if planned.time is None else planned_for(found.usual)
     return Answer(
-        replace(planned, workload={**planned.workload, "data": data}, time=_time_of_epoch(usual.time, found.facts)),
+        replace(planned, workload={**planned.workload, "data": facts}, time=_time_of_epoch(usual.time, found.facts)),
         is_lasting=found.facts.has_own_tokenizer,
     )
+
+
+def _name_of(sample: Sample) -> str:
+    """Where a sample stands, with its id where that says more."""
+    source = str(sample.source)
+    return source if sample.sample_id in source else f"{sample.sample_id} ({source})"
 
 
 def _data_json(facts: DataFacts) -> dict[str, Any]:

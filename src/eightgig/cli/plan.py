@@ -68,11 +68,13 @@ def plan(  # noqa: PLR0913 - the parameters are the command line itself
     if compare and (method is not None or METHOD in overrides or write is not None):
         raise typer.BadParameter("--compare plans every method; leave out --method and --write")
     from eightgig.app import planning
+    from eightgig.app.card_wanted import CardWanted
+    from eightgig.app.plan_writing import check_config_path, write_config
 
     flags = {"--preset": preset, "--model": model, "--data": data, "--val": val, "--image-root": image_root}
     if write is not None:
-        planning.check_config_path(write)
-    card = planning.CardWanted(gpu=gpu, vram_gib=vram_gib, reserve_gib=reserve_gib)
+        check_config_path(write)
+    card = CardWanted(gpu=gpu, vram_gib=vram_gib, reserve_gib=reserve_gib)
     if compare:
         configs = {name: _of_method(name, flags, overrides, is_compared=True) for name in METHODS}
         with stoppable():
@@ -89,7 +91,7 @@ def plan(  # noqa: PLR0913 - the parameters are the command line itself
         for line in lines:
             typer.echo(line)
     if write is not None:
-        planning.write_config(answer, write)
+        write_config(answer, write)
 
 
 def _of_method(

@@ -61,7 +61,8 @@ def compare_lines(compared: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         yield "full: every weight but the vision tower's, which stays as it is"
     for method, planned in compared.items():
         if "error" in planned:
-            yield from _wrapped(f"{format_method(method)} can't be planned: {planned['error']}")
+            for line in f"{format_method(method)} can't be planned: {planned['error']}".splitlines():
+                yield from _wrapped(line)
 
 
 def _workload_lines(workload: Mapping[str, Any]) -> Iterator[str]:
@@ -88,10 +89,10 @@ def _workload_lines(workload: Mapping[str, Any]) -> Iterator[str]:
 def _stack_lines(planned: Mapping[str, Any]) -> Iterator[str]:
     """The categories as one bar, a segment a line, each beginning where the last one ended; `│` is the budget."""
     device_bytes, budget_bytes = planned["peak"]["device_bytes"], planned["budget_bytes"]
-    full_bytes = max(device_bytes, budget_bytes or 0)
+    full_bytes: int = max(device_bytes, budget_bytes or 0)
 
     def column(num_bytes: int) -> int:
-        return int((_BAR_CHARACTERS - 1) * num_bytes / full_bytes)
+        return round((_BAR_CHARACTERS - 1) * num_bytes / full_bytes)
 
     def marked(bar: str) -> str:
         if budget_bytes is None:

@@ -52,8 +52,9 @@ def image_size(part: ImagePart) -> tuple[int, int]:
     A PNG that says only behind its pixels how it is to be turned counts as upright.
     """
     with _opened(part) as image:
-        has_header_exif = image.format != "PNG" or "exif" in image.info  # Pillow decodes a PNG to look behind
-        return _turned(image.size, image.getexif()) if has_header_exif else image.size
+        # Pillow has turned a TIFF's size already, and would decode a PNG to look behind its pixels.
+        is_told = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+        return _turned(image.size, image.getexif()) if is_told else image.size
 
 
 @contextlib.contextmanager
