@@ -17,7 +17,7 @@ from eightgig.config import TrainingConfig, TrainingMethod, load_config
 from eightgig.core.errors import UnsupportedModel
 
 WITHOUT_DATA = PLAN | {"workload": PLAN["workload"] | {"data": None}, "levers": [], "time": None}
-SIZES = st.integers(0, 80 << 30)
+SIZES = st.integers(1, 80 << 30)
 
 
 @pytest.fixture
