@@ -74,6 +74,20 @@ def test_without_a_card_a_plan_says_how_to_name_one() -> None:
     assert not any("│" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("saves_bytes", "costs_s", "said"),
+    [
+        (1 << 30, 0.5, "saves 1.00 GiB, costs 0.5 s a step"),
+        (1 << 20, 0, "saves 1.00 MiB, costs no time"),
+        (2 << 30, -1.5, "saves 2.00 GiB, saves 1.5 s a step"),
+        (-(1 << 30), -2, "takes 1.00 GiB, saves 2.0 s a step"),
+    ],
+)
+def test_a_lever_says_what_it_saves_and_costs(saves_bytes: int, costs_s: float, said: str) -> None:
+    lever = {"name": "n", "saves_bytes": saves_bytes, "costs_s": costs_s, "reason": "r"}
+    assert f"  n: {said}; r" in list(plan_lines(PLAN | {"levers": [lever]}))
+
+
 def test_a_measured_time_is_no_estimate() -> None:
     time = {"step_s": 2.0, "epoch_s": None, "tokens_per_s": 1000.0, "basis": "measured on this card"}
     assert "time: 2.0 s a step, 1,000 tokens/s (measured on this card)" in list(plan_lines(PLAN | {"time": time}))

@@ -120,7 +120,6 @@ def test_a_long_text_and_a_large_image_are_two_candidates(settings: Settings, tm
         MOST_IMAGE_TOKENS: {5},
     }
     assert found.facts.notes == ()
-    assert found.facts.has_own_tokenizer
 
 
 @pytest.mark.parametrize("with_validation_file", [False, True])
@@ -239,7 +238,6 @@ def test_without_the_model_s_tokenizer_bytes_are_counted_and_it_is_said(tmp_path
         {"model": {"name": "qwen2.5-vl-3b"}, "data": {"data_path": str(tmp_path / "train.jsonl"), "val_fraction": 0}}
     )
     found = workloads_of(config, tmp_path)
-    assert not found.facts.has_own_tokenizer
     assert "Qwen/Qwen2.5-VL-3B-Instruct" in found.facts.notes[0]
     assert lines_of(found.largest[MOST_TOKENS]) == {2}
     assert found.largest[MOST_TOKENS].batch.num_tokens >= len("ab " * 40) - 1

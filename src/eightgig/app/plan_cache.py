@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import eightgig
 from eightgig.core.user_cache import JsonCache, cache_folder
-from eightgig.registry import is_known
+from eightgig.memory.segments import expects_expandable_segments
+from eightgig.registry import get, is_known
+from eightgig.registry.lookup import PACKAGED_MODELS
 
 if TYPE_CHECKING:
     from eightgig.config import TrainingConfig
@@ -30,7 +32,7 @@ def plan_cache() -> JsonCache:
 def plan_key(
     config: TrainingConfig, *, gpu: GpuFacts | None, driver: str | None, reserve_bytes: int, read: ReadData | None
 ) -> dict[str, Any] | None:
-    """What a plan depends on, as plain data; None for a model at the hub, which may change at any time.
+    """What a plan depends on, as plain data; None for a model that only the hub knows, which may change at any time.
 
     Args:
         config: the settings.
@@ -48,12 +50,30 @@ def plan_key(
         "gpu": None if gpu is None else asdict(gpu),
         "driver": driver,
         "reserve_bytes": reserve_bytes,
+        "expandable_segments": expects_expandable_segments(),
         "versions": {package: _version(package) for package in PACKAGES},
         "sources": _digest(_own_files()),
         "model": None if is_known(name) else _digest(path for path in folder.iterdir() if path.is_file()),
+        "hub": _hub_mark(name),
         "data": None if read is None else _digest(_data_files(read)),
         "working_folder": str(Path.cwd()),  # relative paths start there, and stand in the answer
     }
+
+
+def _hub_mark(name: str) -> str | None:
+    """Which copy of a registry model's repository is on this machine: with data, its tokenizer counts."""
+    if name.strip().lower() in PACKAGED_MODELS or not is_known(name):
+        return None
+    from huggingface_hub import constants
+
+    hub_id = get(name).facts.hub_id
+    return None if hub_id is None else _digest(_refs(Path(constants.HF_HUB_CACHE), hub_id))
+
+
+def _refs(hub_cache: Path, hub_id: str) -> Iterable[Path]:
+    """The files that say which commits of a repository are there."""
+    folder = hub_cache / f"models--{hub_id.replace('/', '--')}" / "refs"
+    return folder.iterdir() if folder.is_dir() else ()
 
 
 def _version(package: str) -> str | None:

@@ -78,14 +78,6 @@ class UserData:
         return self._workloads
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A plan, and whether asking again would give the same."""
-
-    plan: Plan
-    is_lasting: bool
-
-
 def plan_run(
     config: TrainingConfig, *, gpu: str | None = None, vram_gib: float | None = None, reserve_gib: float = 0.0
 ) -> Plan:
@@ -101,7 +93,7 @@ def plan_run(
         EnvironmentProblem: the hub can't be reached, which models outside the registry need.
     """
     card = CardWanted(gpu, vram_gib, reserve_gib)
-    return _answer(_question(config, card), UserData.of(config)).plan
+    return _answer(_question(config, card), UserData.of(config))
 
 
 def plan_as_json(
@@ -155,9 +147,8 @@ def _plan_as_json(question: Question, data: UserData | None, *, uses_cache: bool
     kept = plan_cache().get(key) if uses_cache and key is not None else None
     if isinstance(kept, dict):
         return kept
-    answer = _answer(question, data)
-    planned: dict[str, Any] = json.loads(json.dumps(answer.plan.to_json()))  # as it comes back from a file
-    if key is not None and answer.is_lasting:
+    planned: dict[str, Any] = json.loads(json.dumps(_answer(question, data).to_json()))  # as a file gives it back
+    if key is not None:
         plan_cache().put(key, planned)
     return planned
 
@@ -167,13 +158,13 @@ def _question(config: TrainingConfig, card: CardWanted) -> Question:
     return Question(config, facts, driver, round(card.reserve_gib * GIB))
 
 
-def _answer(question: Question, data: UserData | None) -> Answer:
+def _answer(question: Question, data: UserData | None) -> Plan:
     spec = resolve(question.config.model.name, question.config.model.revision)
     from eightgig.plan.plan import plan
 
     if data is None:
         planned = plan(question.config, spec, question.gpu, reserve_bytes=question.reserve_bytes)
-        return Answer(replace(planned, workload={**planned.workload, "data": None}), is_lasting=True)
+        return replace(planned, workload={**planned.workload, "data": None})
     found = data.workloads(question.config, spec)
 
     def planned_for(work: Workload) -> Plan:
@@ -185,10 +176,7 @@ def _answer(question: Question, data: UserData | None) -> Answer:
     facts = {"decided_by": decisive, "samples": samples, **_data_json(found.facts)}
     planned = plans[decisive]
     usual = planned if planned.time is None else planned_for(found.usual)
-    return Answer(
-        replace(planned, workload={**planned.workload, "data": facts}, time=_time_of_epoch(usual.time, found.facts)),
-        is_lasting=found.facts.has_own_tokenizer,
-    )
+    return replace(planned, workload={**planned.workload, "data": facts}, time=_time_of_epoch(usual.time, found.facts))
 
 
 def _name_of(sample: Sample) -> str:

@@ -132,12 +132,19 @@ def _lever_lines(levers: list[Mapping[str, Any]]) -> Iterator[str]:
     yield ""
     yield "chosen for this card:"
     for lever in levers:
-        cost = f"costs {format_duration(lever['costs_s'])} a step" if lever["costs_s"] > 0 else "costs no time"
-        text = f"{lever['name']}: saves {format_bytes(lever['saves_bytes'])}, {cost}; {lever['reason']}"
+        text = f"{lever['name']}: {_trade(lever['saves_bytes'], lever['costs_s'])}; {lever['reason']}"
         yield from textwrap.wrap(
             text, WIDTH_CHARACTERS, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
         )
     yield ""
+
+
+def _trade(saves_bytes: int, costs_s: float) -> str:
+    """What a lever does to memory and to the time of a step; either may be for the worse, or for the better."""
+    memory = f"{'saves' if saves_bytes >= 0 else 'takes'} {format_bytes(abs(saves_bytes))}"
+    if costs_s == 0:
+        return f"{memory}, costs no time"
+    return f"{memory}, {'costs' if costs_s > 0 else 'saves'} {format_duration(abs(costs_s))} a step"
 
 
 def _time_lines(time: Mapping[str, Any] | None) -> Iterator[str]:

@@ -62,7 +62,6 @@ class DataFacts:
             among the others are still counted.
         samples_a_step: of an optimizer step.
         mean_tokens, max_tokens: of one training sample among those measured.
-        has_own_tokenizer: whether texts were counted with the tokenizer that training will use.
         notes: what the numbers rest on where that is not every sample in full, a sentence each.
     """
 
@@ -71,7 +70,6 @@ class DataFacts:
     samples_a_step: int
     mean_tokens: float
     max_tokens: int
-    has_own_tokenizer: bool
     notes: tuple[str, ...]
 
     @property
@@ -135,7 +133,6 @@ def data_workloads(config: TrainingConfig, spec: ModelSpec, read: ReadData) -> D
             samples_a_step=config.training.batch_size * config.training.gradient_accumulation_steps,
             mean_tokens=fmean(item.num_tokens for item in train),
             max_tokens=max(item.num_tokens for item in train),
-            has_own_tokenizer=tokenizer_note is None,
             notes=tuple(_notes(tokenizer_note, sets, decodes_images=decodes_images)),
         ),
     )
@@ -148,7 +145,10 @@ def _encoder(config: TrainingConfig, spec: ModelSpec) -> tuple[Encoder, Any, str
     except EnvironmentProblem as problem:
         if spec.facts.folder is not None:
             raise
-        note = f"each byte of text counts as a token, which is too many: no tokenizer of the model ({problem.found})"
+        note = (
+            f"each byte of text counts as a token, which is too many: {problem.found}; once it can be had, plan again "
+            "with --no-cache"
+        )
         return *build_encoder(with_standin(config), spec), note
 
 
