@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.step_time import RUNS, StepRun
-from benchmarks.step_time_accuracy import simulated_costs
+from benchmarks.step_time_accuracy import simulated
 
 from eightgig.plan import card_rates
 from eightgig.plan.card_rates import CardRates, attention_flops, rates_as_json
@@ -77,7 +77,7 @@ def fitted_dispatch_s(record: Mapping[str, Any]) -> float:
 def _dispatch_s(run: StepRun, row: Mapping[str, Any]) -> float:
     """The CPU's time for each operation that launches kernels, in forward and backward pass of a run it limits."""
     issue_s = statistics.median(step["issue_s"] for step in row["steps"])
-    return issue_s / (run.accumulation * sum(simulated_costs(run)["train"].values()))
+    return issue_s / (run.accumulation * sum(simulated(run).micro_batch_costs.values()))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from benchmarks.step_time import RUNS, StepRun
 
 from eightgig.models.precision import DTYPES, Precision
 from eightgig.plan.card_rates import CardRates, attained
-from eightgig.plan.simulate import Simulator
+from eightgig.plan.simulate import Simulation, Simulator
 from eightgig.plan.step_time import device_seconds, issue_seconds, planned_time
 from eightgig.plan.workload import largest_workload
 from eightgig.registry import resolve
@@ -27,16 +27,20 @@ H100 = (9, 0)
 BINDING_SHARE = 0.85  # of a step: where the GPU computes for longer, the step is bound by it
 
 
-def predict(run: StepRun, row: Mapping[str, Any], rates: CardRates) -> dict[str, Any]:
-    """The planned step beside the measured `row`."""
-    started = time.perf_counter()
+def simulated(run: StepRun) -> Simulation:
+    """The run's two steps, simulated without validation."""
     config, spec = run.config("cuda"), resolve(run.model)
     mixed = config.hardware.mixed_precision
     precision = Precision(compute_dtype=DTYPES[mixed], mixed_precision=mixed, note=None)
     work = largest_workload(config, spec)
-    simulator = Simulator(config, spec, work.processor, precision, H100)
-    simulated = simulator.run(config, work, validates=False)
-    train, update = simulated.micro_batch_costs, simulated.update_costs
+    return Simulator(config, spec, work.processor, precision, H100).run(config, work, validates=False)
+
+
+def predict(run: StepRun, row: Mapping[str, Any], rates: CardRates) -> dict[str, Any]:
+    """The planned step beside the measured `row`."""
+    started = time.perf_counter()
+    costs = simulated(run)
+    train, update = costs.micro_batch_costs, costs.update_costs
     num_micro_batches = run.accumulation
     planned = planned_time(
         train,

@@ -31,7 +31,8 @@ PREDICTION = SimpleNamespace(answer="7", model="m", adapter=None)
         ("prediction", "predict", PREDICTION, "predict runs/a --question q --image a.png"),
         ("reporting", "write_report", Path("r"), "report runs/a"),
         ("inspection", "inspect", SimpleNamespace(to_json=lambda: RECEIPT), "inspect llava-1.5-7b"),
-        ("planning", "plan_run", SimpleNamespace(to_json=lambda: PLAN), "plan llava-1.5-7b --gpu 4060"),
+        ("planning", "plan_as_json", PLAN, "plan llava-1.5-7b --gpu 4060"),
+        ("planning", "compare_as_json", {"compare": {"full": PLAN}}, "plan llava-1.5-7b --compare"),
         ("demonstration", "run_demo", DEMO_OUTCOME, "demo"),
     ],
 )

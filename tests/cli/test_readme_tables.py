@@ -98,7 +98,7 @@ def test_the_readme_s_commands_are_taken(
     calls.answer("training", "train", lambda **_: run_outcome(tmp_path))
     calls.answer("reporting", "write_report", lambda: tmp_path)
     calls.answer("inspection", "inspect", lambda **_: SimpleNamespace(to_json=lambda: RECEIPT))
-    calls.answer("planning", "plan_run", lambda **_: SimpleNamespace(to_json=lambda: PLAN))
+    calls.answer("planning", "plan_as_json", lambda **_: PLAN)
     calls.answer("prediction", "predict", lambda **_: SimpleNamespace(answer="a", model="m", adapter=None))
     (tmp_path / "my.yaml").write_text("preset: balanced\n")
     text = (ROOT / "README.md").read_text(encoding="utf-8")

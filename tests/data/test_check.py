@@ -182,3 +182,19 @@ def test_embedded_images_are_checked_too(tmp_path: Path, encoder: Encoder, quara
     assert [sample.source.line for sample in report.samples] == [1, 3, 4]
     assert [(record.line, record.code) for record in quarantine.records] == [(2, ProblemCode.NOT_AN_IMAGE)]
     assert "an embedded image of 8 bytes" in quarantine.records[0].reason
+
+
+def test_each_good_sample_has_its_counts(tmp_path: Path, encoder: Encoder, quarantine: Quarantine) -> None:
+    write_image(tmp_path / "a.png", size=(30, 20))
+    write_image(tmp_path / "b.png", size=(20, 50))
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    records = [flat("a.png", answer="red " * 7), flat("cut.png"), flat("b.png")]
+    path = write_jsonl(tmp_path / "train.jsonl", records)
+    sample_set = load_samples(path, None, quarantine)
+    checked = check.examine_samples(sample_set, encoder, quarantine, max_bad_fraction=0.5)
+    assert [item.sample for item in checked] == [sample_set.samples[0], sample_set.samples[2]]
+    assert [item.image_sizes_px for item in checked] == [((30, 20),), ((20, 50),)]
+    for item in checked:
+        assert item.text.num_text_tokens == len(encoder.encode(item.sample).input_ids) - 4
+    by_header = check.examine_samples(sample_set, encoder, quarantine, max_bad_fraction=0.5, decodes_images=False)
+    assert [item.image_sizes_px for item in by_header] == [((30, 20),), ((30, 20),), ((20, 50),)]

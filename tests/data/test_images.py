@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tests.tiny import write_image
 
-from eightgig.data.images import check_image, load_image
+from eightgig.data.images import check_image, image_size, load_image
 from eightgig.data.quarantine import ProblemCode, SampleProblem
 from eightgig.data.sample import ImagePart
 
@@ -276,3 +276,25 @@ def test_an_image_goes_through_the_same_door_from_anywhere(tmp_path: Path) -> No
     buffer = io.BytesIO()
     Image.new("RGB", (6, 5), (1, 2, 3)).save(buffer, format="PNG")
     assert load_image(ImagePart(data=buffer.getvalue())).size == (6, 5)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_sizes_are_those_of_the_upright_image(tmp_path: Path, suffix: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    Image.new("RGB", (37, 23)).save(path, exif=exif)
+    upright = load_image(ImagePart(path=path)).size
+    assert image_size(ImagePart(path=path)) == upright
+    assert check_image(ImagePart(path=path)) == upright
+
+
+def test_a_size_is_read_without_pixels(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.png", size=(200, 160))
+    path.write_bytes(path.read_bytes()[:60])  # the header and a little of the pixels
+    assert image_size(ImagePart(path=path)) == (200, 160)
+    with pytest.raises(SampleProblem):
+        check_image(ImagePart(path=path))
+    with pytest.raises(SampleProblem, match="does not exist"):
+        image_size(ImagePart(path=tmp_path / "gone.png"))

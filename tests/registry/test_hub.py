@@ -14,7 +14,9 @@ import pytest
 from huggingface_hub import constants, errors
 
 from eightgig import registry
+from eightgig.config import ModelConfig, TrainingConfig
 from eightgig.core.errors import DoesNotFit, EightGigError, EnvironmentProblem, UnsupportedModel
+from eightgig.models.load import load_processor
 from eightgig.registry import hub
 
 HUB_ID = "somebody/some-llava"
@@ -209,3 +211,11 @@ def test_a_damaged_config_in_the_cache_is_named(tmp_path: Path, monkeypatch: pyt
         UnsupportedModel, match=r"config\.json of somebody/some-llava is not JSON[\s\S]*delete .*config"
     ):
         registry.resolve(HUB_ID)
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in registry.all_specs() if spec.facts.hub_id is not None])
+def test_a_processor_that_is_not_cached_says_offline(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    spec = registry.get(name)
+    with pytest.raises(EnvironmentProblem, match=f"{spec.facts.hub_id} is not on this machine, and HF_HUB_OFFLINE"):
+        load_processor(TrainingConfig(model=ModelConfig(name=name)), spec)

@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from eightgig.cli import options
 from eightgig.cli.examples import examples
 from eightgig.cli.outcome import print_json
+from eightgig.cli.plan_lines import compare_lines, plan_lines
 from eightgig.cli.session import stoppable
-from eightgig.cli.settings import parse_assignments, resolve_settings
+from eightgig.cli.settings import parse_assignments, resolve_settings, uses_default_preset
+
+if TYPE_CHECKING:
+    from eightgig.config import TrainingConfig
 
 EXAMPLES = examples(
     "eightgig plan llava-1.5-7b --gpu 'RTX 4060'",
+    "eightgig plan llava-1.5-7b --gpu 'RTX 4060' --data train.jsonl --write planned.yaml",
     "eightgig plan qwen2.5-vl-7b --vram-gib 12 --set data.max_length=1024",
+    "eightgig plan smolvlm2-2.2b --vram-gib 16 --compare",
     "eightgig plan smolvlm2-2.2b --preset low_memory --json",
 )
-_BAR_CHARACTERS = 30
+METHOD = "training.method"
+METHODS = ("full", "lora", "qlora")
 
 
-def plan(
+def plan(  # noqa: PLR0913 - the parameters are the command line itself
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A known model, a folder or a hub id.", show_default=False)
-    ],
+        str | None, typer.Argument(metavar="MODEL", help="A known model, a folder or a hub id.", show_default=False)
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="qlora, lora or full; else told from the settings.")
+    ] = None,
     preset: options.Preset = None,
     settings: options.Settings = None,
+    data: options.Data = None,
+    val: options.Validation = None,
+    image_root: options.ImageRoot = None,
     gpu: Annotated[str | None, typer.Option(metavar="NAME", help="A card, such as 'RTX 4060'.")] = None,
     vram_gib: Annotated[
         float | None, typer.Option(metavar="GIB", min=0.1, help="The card's memory, as CUDA reports it.")
@@ -34,49 +48,61 @@ def plan(
     reserve_gib: Annotated[
         float, typer.Option(metavar="GIB", min=0.0, help="Memory of the card to keep free, as for a desktop.")
     ] = 0.4,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Plan full fine-tuning, LoRA and QLoRA side by side.")
+    ] = False,
+    write: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the settings to a new file, for `eightgig train FILE`.")
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Plan anew what was planned before.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Say beforehand how much GPU memory training takes, by category. Needs no GPU and no weights.
 
-    The training step itself runs, with tensors that have no content, on the largest sample
-    that the settings let through: one image and data.max_length tokens of text.
+    The training step itself runs, with tensors that have no content, on the largest batch
+    of your data; without data, on one image and data.max_length tokens of text.
     """
+    overrides = parse_assignments(settings or [])
+    if model is None:
+        raise typer.BadParameter("give a MODEL; `eightgig models` lists those known by name")
+    if compare and (method is not None or METHOD in overrides or write is not None):
+        raise typer.BadParameter("--compare plans every method; leave out --method and --write")
     from eightgig.app import planning
+    from eightgig.app.card_wanted import CardWanted
+    from eightgig.app.plan_writing import check_config_path, write_config
 
-    resolved = resolve_settings(None, {"--preset": preset, "--model": model}, parse_assignments(settings or []))
-    with stoppable():
-        planned = planning.plan_run(resolved.config, gpu=gpu, vram_gib=vram_gib, reserve_gib=reserve_gib).to_json()
+    flags = {"--preset": preset, "--model": model, "--data": data, "--val": val, "--image-root": image_root}
+    if write is not None:
+        check_config_path(write)
+    card = CardWanted(gpu=gpu, vram_gib=vram_gib, reserve_gib=reserve_gib)
+    if compare:
+        configs = {name: _of_method(name, flags, overrides, is_compared=True) for name in METHODS}
+        with stoppable():
+            answer = planning.compare_as_json(configs, card, uses_cache=not no_cache)
+        lines = compare_lines(answer["compare"])
+    else:
+        config = _of_method(method, flags, overrides, is_compared=False)
+        with stoppable():
+            answer = planning.plan_as_json(config, card, uses_cache=not no_cache)
+        lines = plan_lines(answer)
     if as_json:
-        print_json(planned)
-        return
-    for line in plan_lines(planned):
-        typer.echo(line)
+        print_json(answer)
+    else:
+        for line in lines:
+            typer.echo(line)
+    if write is not None:
+        write_config(answer, write)
 
 
-def plan_lines(planned: Mapping[str, Any]) -> Iterator[str]:
-    """What `planned` says, in lines of at most 80 characters."""
-    from eightgig.core.units import format_bytes
+def _of_method(
+    method: str | None, flags: Mapping[str, object | None], overrides: Mapping[str, str], *, is_compared: bool
+) -> TrainingConfig:
+    """The settings with `method`, which counts as `--set training.method` would.
 
-    peak, workload = planned["peak"], planned["workload"]
-    samples = "sample" if workload["num_samples"] == 1 else "samples"
-    yield f"{planned['model']}, {planned['method']}: {workload['num_samples']} {samples}"
-    yield f"{workload['num_tokens']:,} tokens at once, image tokens among them"
-    yield ""
-    largest = max(planned["breakdown"].values())
-    for category, size in planned["breakdown"].items():
-        bar = "█" * max(0, round(_BAR_CHARACTERS * size / largest))
-        yield f"{category:<26}{format_bytes(size):>11}  {bar}"
-    yield f"{'on the card at most':<26}{format_bytes(peak['device_bytes']):>11}"
-    yield ""
-    yield f"PyTorch allocates {format_bytes(peak['allocated_bytes'])} ({peak['moment']})"
-    yield f"and reserves {format_bytes(peak['reserved_bytes'])}"
-    yield _verdict(planned)
-
-
-def _verdict(planned: Mapping[str, Any]) -> str:
-    from eightgig.core.units import format_bytes
-
-    if planned["fits"] is None:
-        return "name a card to see whether it fits: --gpu 'RTX 4060', or --vram-gib 8"
-    word = "fits" if planned["fits"] else "does not fit"
-    return f"{word}: {planned['gpu']}, {format_bytes(planned['budget_bytes'])} of it for this run"
+    A preset that was named holds, with what it fixes; values of one that was not, or that is compared, only fill in.
+    """
+    if is_compared and method == "full":  # what was said of adapters is for the methods that have some
+        overrides = {path: text for path, text in overrides.items() if not path.startswith("training.lora")}
+    given = overrides if method is None else {METHOD: method, **overrides}
+    is_free = is_compared or (method is not None and uses_default_preset(None, flags, overrides))
+    return resolve_settings(None, flags, given, binds_preset=not is_free).config

@@ -47,17 +47,22 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
 
 
 def resolve_settings(
-    source: str | None, flags: Mapping[str, object | None], overrides: Mapping[str, str]
+    source: str | None,
+    flags: Mapping[str, object | None],
+    overrides: Mapping[str, str],
+    *,
+    binds_preset: bool = True,
 ) -> ResolvedConfig:
     """The configuration of a preset's name or a file, and options (flag -> value, None = not given).
 
-    Where neither `source` nor an option names a preset, it is DEFAULT_PRESET.
+    Where neither `source` nor an option names a preset, it is DEFAULT_PRESET. For `binds_preset` see
+    `eightgig.config.resolve`.
     """
     from eightgig.config import FlagValue, resolve
 
     given = [FlagValue(flag, FLAG_PATHS[flag], value) for flag, value in flags.items() if value is not None]
     chosen = DEFAULT_PRESET if uses_default_preset(source, flags, overrides) else source
-    return resolve(chosen, overrides, flags=given)
+    return resolve(chosen, overrides, flags=given, binds_preset=binds_preset)
 
 
 def uses_default_preset(source: str | None, flags: Mapping[str, object | None], overrides: Mapping[str, str]) -> bool:

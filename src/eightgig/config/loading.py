@@ -65,6 +65,7 @@ def resolve(
     overrides: Mapping[str, str] | None = None,
     *,
     flags: Sequence[FlagValue] = (),
+    binds_preset: bool = True,
 ) -> ResolvedConfig:
     """The configuration of `source`, with flags over it.
 
@@ -73,6 +74,8 @@ def resolve(
             defaults alone.
         overrides: of `--set`, dotted path to the text behind `=`, read as in a YAML file.
         flags: values of other flags; `--set` wins over them.
+        binds_preset: whether the configuration names its preset, and so is held to what that fixes; False takes the
+            preset's values alone, for comparing methods that its card has no room for.
 
     Raises:
         ConfigError: with every problem of all sources at once.
@@ -83,16 +86,18 @@ def resolve(
         given.append(
             Layer(SET_FLAG, layers.nested({path: textformat.parse_scalar(text) for path, text in overrides.items()}))
         )
-    return resolve_layers(given)
+    return resolve_layers(given, binds_preset=binds_preset)
 
 
-def resolve_layers(given: Sequence[Layer]) -> ResolvedConfig:
-    """The checked configuration of `given` layers over the preset that the topmost of them names."""
+def resolve_layers(given: Sequence[Layer], *, binds_preset: bool = True) -> ResolvedConfig:
+    """The checked configuration of `given` layers over the preset that the topmost of them names; see `resolve`."""
     label = " with ".join(layer.source for layer in given) or "defaults"
     preset = next((layer.values["preset"] for layer in reversed(given) if "preset" in layer.values), None)
     if isinstance(preset, str) and preset in PRESET_CARDS:
         given = [layers.preset_layer(PRESET_CARDS[preset]), *given]
     merged, sources = layers.merge(given)
+    if not binds_preset:
+        merged.pop("preset", None)
     _check_schema_version(merged, label)
     config = validated(merged, label)
     return ResolvedConfig(config, MappingProxyType(_sources_of_all(config, sources)))

@@ -13,7 +13,7 @@ from pathlib import Path
 from eightgig.core.errors import DataError
 from eightgig.core.logging import get_logger
 from eightgig.data.encode import Encoder, TextMeasure
-from eightgig.data.images import check_image
+from eightgig.data.images import check_image, image_size
 from eightgig.data.quarantine import Quarantine, QuarantineRecord, SampleProblem, commonest
 from eightgig.data.sample import ImagePart, Sample
 from eightgig.data.sources import SampleSet
@@ -52,6 +52,19 @@ class CheckReport:
     num_escaped: int
 
 
+@dataclass(frozen=True)
+class CheckedSample:
+    """A sample that can be trained on, and what was counted of it.
+
+    Attributes:
+        image_sizes_px: width and height of each of its images, upright, in the order of the messages.
+    """
+
+    sample: Sample
+    text: TextMeasure
+    image_sizes_px: tuple[tuple[int, int], ...]
+
+
 def check_samples(
     sample_set: SampleSet,
     encoder: Encoder,
@@ -70,27 +83,19 @@ def check_samples(
         DataError: more than `max_bad_fraction` of the records are bad, or none is good.
     """
     num_before = len(quarantine)
-    num_threads = num_threads or min(os.cpu_count() or 1, 8)
-    good: list[Sample] = []
-    measures: list[TextMeasure] = []
-    sizes: list[tuple[int, int]] = []
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="image-check") as pool:
-        for done, (sample, image_results) in enumerate(_with_image_results(sample_set.samples, pool), start=1):
-            try:
-                sample_sizes = [_size_or_raise(result) for result in image_results]
-                measures.append(encoder.measure(sample))
-                good.append(sample)
-                sizes += sample_sizes
-            except SampleProblem as problem:
-                quarantine.add(sample.source, sample.sample_id, problem)
-            if on_progress is not None:
-                on_progress(done, len(sample_set.samples))
-    quarantine.write()
-    bad = (*sample_set.bad, *quarantine.records[num_before:])
-    _refuse_too_many_bad(bad, len(bad) + len(good), max_bad_fraction, quarantine.path)
+    good = examine_samples(
+        sample_set,
+        encoder,
+        quarantine,
+        max_bad_fraction=max_bad_fraction,
+        num_threads=num_threads,
+        on_progress=on_progress,
+    )
+    measures = [checked.text for checked in good]
+    sizes = [size for checked in good for size in checked.image_sizes_px]
     return CheckReport(
-        samples=tuple(good),
-        num_bad=len(bad),
+        samples=tuple(checked.sample for checked in good),
+        num_bad=len(sample_set.bad) + len(quarantine) - num_before,
         num_images=len(sizes),
         largest_image_px=max(sizes, key=lambda size: size[0] * size[1], default=None),
         max_text_tokens=max(measure.num_text_tokens for measure in measures),
@@ -103,21 +108,64 @@ def check_samples(
     )
 
 
+def examine_samples(
+    sample_set: SampleSet,
+    encoder: Encoder,
+    quarantine: Quarantine,
+    *,
+    max_bad_fraction: float,
+    decodes_images: bool = True,
+    num_threads: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[CheckedSample]:
+    """The good samples in their old order, each with its counts; else as `check_samples`.
+
+    Args:
+        sample_set: what was read.
+        encoder: counts the texts' tokens.
+        quarantine: gathers the bad samples, and is written to its file.
+        max_bad_fraction: share of the records that may be bad.
+        decodes_images: whether each image is decoded to its end; False reads headers alone, and so does not notice a
+            file that is broken behind its header.
+        num_threads: as of `check_samples`.
+        on_progress: as of `check_samples`.
+    """
+    num_before = len(quarantine)
+    num_threads = num_threads or min(os.cpu_count() or 1, 8)
+    examine = check_image if decodes_images else image_size
+    good: list[CheckedSample] = []
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="image-check") as pool:
+        results = _with_image_results(sample_set.samples, pool, examine)
+        for done, (sample, image_results) in enumerate(results, start=1):
+            try:
+                sizes = tuple(_size_or_raise(result) for result in image_results)
+                good.append(CheckedSample(sample, encoder.measure(sample), sizes))
+            except SampleProblem as problem:
+                quarantine.add(sample.source, sample.sample_id, problem)
+            if on_progress is not None:
+                on_progress(done, len(sample_set.samples))
+    quarantine.write()
+    bad = (*sample_set.bad, *quarantine.records[num_before:])
+    _refuse_too_many_bad(bad, len(bad) + len(good), max_bad_fraction, quarantine.path)
+    return good
+
+
 _ImageResult = tuple[int, int] | SampleProblem
+_Examine = Callable[[ImagePart], tuple[int, int]]
 
 
 def _with_image_results(
-    samples: Sequence[Sample], pool: ThreadPoolExecutor
+    samples: Sequence[Sample], pool: ThreadPoolExecutor, examine: _Examine
 ) -> Iterator[tuple[Sample, list[_ImageResult]]]:
     """Each sample with what was found of its images, in order; the pool works ahead of what is asked for."""
     known: dict[Hashable, _ImageResult] = {}
     pending: dict[Hashable, Future[_ImageResult]] = {}
     ahead = iter(samples)
     for sample in itertools.islice(ahead, _NUM_AHEAD):
-        _submit(sample, pool, known, pending)
+        _submit(sample, pool, examine, known, pending)
     for sample in samples:
         for next_sample in itertools.islice(ahead, 1):
-            _submit(next_sample, pool, known, pending)
+            _submit(next_sample, pool, examine, known, pending)
         keys = [_key(part) for part in sample.images]
         for key in keys:
             if key in pending:
@@ -128,6 +176,7 @@ def _with_image_results(
 def _submit(
     sample: Sample,
     pool: ThreadPoolExecutor,
+    examine: _Examine,
     known: Mapping[Hashable, _ImageResult],
     pending: dict[Hashable, Future[_ImageResult]],
 ) -> None:
@@ -135,7 +184,7 @@ def _submit(
     for part in sample.images:
         key = _key(part)
         if key not in known and key not in pending:
-            pending[key] = pool.submit(_examine, part)
+            pending[key] = pool.submit(_result_of, examine, part)
 
 
 def _key(part: ImagePart) -> Hashable:
@@ -143,9 +192,9 @@ def _key(part: ImagePart) -> Hashable:
     return part.path if part.path is not None else hashlib.sha256(part.data or b"").digest()
 
 
-def _examine(part: ImagePart) -> _ImageResult:
+def _result_of(examine: _Examine, part: ImagePart) -> _ImageResult:
     try:
-        return check_image(part)
+        return examine(part)
     except SampleProblem as problem:
         return problem
 

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from eightgig.data.quarantine import ProblemCode, SampleProblem
 from eightgig.data.sample import ImagePart
@@ -22,6 +22,7 @@ MAX_ASPECT_RATIO = 200
 would blow up the long one to hundreds of megabytes."""
 
 _WHITE = (255, 255, 255, 255)
+_ON_ITS_SIDE = (5, 6, 7, 8)  # values of EXIF's orientation that swap width and height
 
 # What Pillow's decoders were seen to raise on damaged files, beside OSError (which UnidentifiedImageError is).
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, struct.error, zlib.error)
@@ -34,7 +35,7 @@ def load_image(part: ImagePart) -> Image.Image:
 
 
 def check_image(part: ImagePart) -> tuple[int, int]:
-    """Width and height in pixels of an image that was found whole: it was decoded to its end. Raises SampleProblem.
+    """Width and height in pixels of the upright image, found whole: decoded to its end. Raises SampleProblem.
 
     JPEG is decoded at an eighth of its size, which reads all of the file and takes about a quarter of the time.
     """
@@ -42,7 +43,18 @@ def check_image(part: ImagePart) -> tuple[int, int]:
         size = image.size
         image.draft(None, (1, 1))
         _upright_rgb(image)
-        return size
+        return _turned(size, image.getexif())
+
+
+def image_size(part: ImagePart) -> tuple[int, int]:
+    """Width and height in pixels of the upright image, by the file's header: no pixel is decoded. Raises SampleProblem.
+
+    A PNG that says only behind its pixels how it is to be turned counts as upright.
+    """
+    with _opened(part) as image:
+        # Pillow has turned a TIFF's size already, and would decode a PNG to look behind its pixels.
+        is_told = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+        return _turned(image.size, image.getexif()) if is_told else image.size
 
 
 @contextlib.contextmanager
@@ -76,6 +88,11 @@ def _check_size(part: ImagePart, size: tuple[int, int]) -> None:
             f"{part} has {width_px} × {height_px} pixels; at least {MIN_SIDE_PX} a side and a ratio of at most "
             f"{MAX_ASPECT_RATIO} are needed",
         )
+
+
+def _turned(size: tuple[int, int], exif: Image.Exif) -> tuple[int, int]:
+    """`size` as it is once the image is upright."""
+    return size[::-1] if exif.get(ExifTags.Base.Orientation) in _ON_ITS_SIDE else size
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

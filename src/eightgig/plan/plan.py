@@ -14,7 +14,7 @@ from eightgig.models.precision import DTYPES, Precision
 from eightgig.plan.allocator import AllocatorResult, AllocatorSettings, replay
 from eightgig.plan.simulate import Simulation, simulate
 from eightgig.plan.step_time import PlannedTime, planned_time
-from eightgig.plan.workload import Workload, largest_workload
+from eightgig.plan.workload import Workload, largest_workload, workload_sizes
 
 if TYPE_CHECKING:
     from eightgig.config import TrainingConfig
@@ -82,7 +82,7 @@ class Plan:
     peak: PlannedPeak
     breakdown: Mapping[str, int]
     phases: Mapping[str, int]
-    workload: Mapping[str, int]
+    workload: Mapping[str, Any]
     config: Mapping[str, Any]
     levers: tuple[Lever, ...] = ()
     time: PlannedTime | None = None
@@ -131,7 +131,7 @@ def plan(
         peak=_peak(result),
         breakdown=_breakdown(simulation, result),
         phases=_phases(result),
-        workload=_sizes(work),
+        workload=workload_sizes(work),
         config=config.model_dump(mode="json"),
     )
 
@@ -194,7 +194,3 @@ def _breakdown(simulation: Simulation, result: AllocatorResult) -> dict[str, int
         "allocator overhead": result.peak_reserved_bytes - result.peak_allocated_bytes,
         "CUDA context": CONTEXT_BYTES,
     }
-
-
-def _sizes(work: Workload) -> dict[str, int]:
-    return {"num_samples": len(work.samples), "num_tokens": work.batch.num_tokens}

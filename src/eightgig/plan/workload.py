@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,18 +50,53 @@ def largest_workload(config: TrainingConfig, spec: ModelSpec) -> Workload:
         ConfigError: the configured image size does not suit the model.
         UnsupportedModel, EnvironmentProblem: its processor can't be had.
     """
+    encoder, processor = build_encoder(with_standin(config), spec)
+    sample = _largest_sample(config.data.image_size or spec.facts.image_px, config.data.max_length)
+    return workload_of((sample,) * config.training.batch_size, encoder, processor, config)
+
+
+def with_standin(config: TrainingConfig) -> TrainingConfig:
+    """`config` with random weights: for a model without a folder `load_processor` then needs no hub."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"random_weights_seed": 0})})
+
+
+def build_encoder(config: TrainingConfig, spec: ModelSpec) -> tuple[Encoder, Any]:
+    """What makes tensors of samples in a run of `config`, and its processor, set to the configured image size.
+
+    Raises:
+        ConfigError: the configured image size does not suit the model.
+        UnsupportedModel, EnvironmentProblem: its processor can't be had.
+    """
     image_px = config.data.image_size
     if image_px is not None:
         spec.family.check_image_px(spec.facts, image_px)
-    # Random weights: the stand-in processor of a registry model, which no hub is needed for.
-    planned = config.model_copy(update={"model": config.model.model_copy(update={"random_weights_seed": 0})})
-    processor = load_processor(planned, spec)
+    processor = load_processor(config, spec)
     spec.family.apply_image_px(None, processor, image_px)
-    encoder = Encoder(processor, spec.family, max_length=config.data.max_length)
-    sample = _largest_sample(image_px or spec.facts.image_px, config.data.max_length)
-    samples = (sample,) * config.training.batch_size
+    return Encoder(processor, spec.family, max_length=config.data.max_length), processor
+
+
+def workload_of(samples: Sequence[Sample], encoder: Encoder, processor: Any, config: TrainingConfig) -> Workload:
+    """The micro-batch of `samples`, with as many of them answered as `config` lets validation answer.
+
+    Raises:
+        DataError: one of them can't be read.
+    """
     (batch,) = validation_batches(encoder, samples, batch_size=len(samples))
-    return Workload(processor, encoder, samples, batch, min(config.validation.num_generated, len(samples)))
+    return Workload(processor, encoder, tuple(samples), batch, min(config.validation.num_generated, len(samples)))
+
+
+def workload_sizes(work: Workload) -> dict[str, int]:
+    """How much a micro-batch holds: samples, images, and tokens, those of its texts (with the chat template's own) and
+    those of its images apart; padding is not counted.
+    """
+    num_text_tokens = sum(work.encoder.measure(sample).num_text_tokens for sample in work.samples)
+    return {
+        "num_samples": len(work.samples),
+        "num_images": work.batch.num_images,
+        "num_tokens": work.batch.num_tokens,
+        "num_text_tokens": num_text_tokens,
+        "num_image_tokens": work.batch.num_tokens - num_text_tokens,
+    }
 
 
 def _largest_sample(image_px: int, max_length: int) -> Sample:

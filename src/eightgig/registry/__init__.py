@@ -2,6 +2,16 @@
 
 from eightgig.registry.facts import ImageLayout, ModelFacts, ModulePaths
 from eightgig.registry.family import ModelFamily, ModelSpec
-from eightgig.registry.lookup import all_specs, get, resolve
+from eightgig.registry.lookup import all_specs, get, is_known, resolve
 
-__all__ = ["ImageLayout", "ModelFacts", "ModelFamily", "ModelSpec", "ModulePaths", "all_specs", "get", "resolve"]
+__all__ = [
+    "ImageLayout",
+    "ModelFacts",
+    "ModelFamily",
+    "ModelSpec",
+    "ModulePaths",
+    "all_specs",
+    "get",
+    "is_known",
+    "resolve",
+]

@@ -5,6 +5,7 @@ What can't be derived with certainty is refused, with the reason; what was deriv
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ class DerivedFamily(ModelFamily):
         """What the model's own processor writes for a blank image of that size."""
         from PIL import Image
 
-        processor = self.load_processor(self._location)
+        processor = _kept_processor(self.model_types[0], self._location)
         features = self.process_images(processor, [Image.new("RGB", (width_px, height_px))])
         (text,) = self.expand_placeholders(processor, features, 1)
         return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -100,6 +101,12 @@ class DerivedFamily(ModelFamily):
 
         (kinds,) = processor.create_mm_token_type_ids([input_ids.tolist()])
         return {"mm_token_type_ids": torch.tensor(kinds)}
+
+
+@functools.lru_cache(maxsize=1)
+def _kept_processor(model_type: str, location: str) -> Any:
+    """The processor of the model that is asked about image after image."""
+    return load_any_processor(model_type, location)
 
 
 def derive_family(

@@ -19,6 +19,8 @@ PUBLIC_HUB = "https://huggingface.co"
 CONFIG = "config.json"
 ANSWER_TIMEOUT_S = 5.0
 HTTP_NOT_FOUND = 404
+# How transformers words it, without a cause, where no file of a processor or tokenizer is in the cache (5.17 to 5.23).
+TRANSFORMERS_MISSES = "Can't load "
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -139,6 +141,8 @@ def _explain_one(error: BaseException, hub_id: str, revision: str | None) -> Eig
         return _not_an_id(hub_id, error)
     if isinstance(error, ConnectionError) or any(base.__name__ == "TransportError" for base in type(error).__mro__):
         return _no_network(hub_id)
+    if isinstance(error, OSError) and str(error).startswith(TRANSFORMERS_MISSES) and _is_offline():
+        return _offline(hub_id)
     return None
 
 

@@ -57,7 +57,7 @@ def resolve(reference: str, revision: str | None = None) -> ModelSpec:
         UnsupportedModel: nothing of that name, or of an architecture that no family handles.
         EnvironmentProblem: the hub can't be reached, or does not hand the model out.
     """
-    if _is_known(reference):
+    if is_known(reference):
         return get(reference)
     folder = Path(reference).expanduser()
     if folder.is_dir():
@@ -86,7 +86,8 @@ def _known_names() -> Iterable[str]:
             yield from facts.aliases
 
 
-def _is_known(name: str) -> bool:
+def is_known(name: str) -> bool:
+    """Whether `name` is a registry name or alias, so that `resolve` needs neither a folder nor the hub."""
     return name.strip().lower() in set(_known_names())
 
 

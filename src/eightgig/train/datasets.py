@@ -1,60 +1,25 @@
-"""The training and validation samples of a run: read, checked, split, and what was changed about them said aloud."""
+"""The training and validation samples of a run: checked, split, and what was changed about them said aloud."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from eightgig.config import DataConfig, TrainingConfig
-from eightgig.core.errors import ConfigError, Problem
 from eightgig.core.files import write_json
 from eightgig.data.check import CheckReport, check_samples
 from eightgig.data.encode import Encoder
 from eightgig.data.quarantine import Quarantine
-from eightgig.data.sources import SampleSet, load_samples
+from eightgig.data.sets import ReadData
+from eightgig.data.sources import SampleSet
 from eightgig.data.split import split_validation
 from eightgig.train.events import TrainingListener
 from eightgig.train.run import DataSets
 from eightgig.train.run_folder import RunFolder
 
 SECONDS_BETWEEN_MESSAGES = 5.0
-
-
-@dataclass(frozen=True)
-class ReadData:
-    """What the data files hold, before any image is opened or any model is known.
-
-    Attributes:
-        validation: None where a share of the training samples is held out.
-        quarantine: gathers bad records of both sets.
-    """
-
-    train: SampleSet
-    validation: SampleSet | None
-    quarantine: Quarantine
-
-
-def read_data(settings: DataConfig, folder: RunFolder) -> ReadData:
-    """Read the files that `settings` names; the first thing a run does, since it costs nothing and often fails.
-
-    Raises:
-        ConfigError: no training data is named.
-        DataError: a path is missing or its shape unknown.
-    """
-    if settings.data_path is None:
-        raise ConfigError(
-            [Problem("data.data_path", "null", "a .json or .jsonl file, or a folder of images with captions")],
-            source="training data",
-            next_step="give it with --data PATH, or in the config file",
-        )
-    quarantine = Quarantine(folder.quarantine)
-    return ReadData(
-        train=load_samples(settings.data_path, settings.image_root, quarantine),
-        validation=load_samples(settings.val_path, settings.image_root, quarantine) if settings.val_path else None,
-        quarantine=quarantine,
-    )
 
 
 def check_data(

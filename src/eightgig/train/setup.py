@@ -12,6 +12,8 @@ from eightgig.config import TrainingConfig
 from eightgig.core.errors import ConfigError, EnvironmentProblem, Problem
 from eightgig.data.encode import Encoder
 from eightgig.data.order import StepOrder
+from eightgig.data.quarantine import Quarantine
+from eightgig.data.sets import read_data
 from eightgig.memory.cap import limit_allocator
 from eightgig.memory.segments import prefer_expandable_segments
 from eightgig.models.adapters import adapted_layers, attach_adapters
@@ -19,7 +21,7 @@ from eightgig.models.load import load_model, load_processor
 from eightgig.models.precision import Precision, choose_precision
 from eightgig.registry import ModelSpec, resolve
 from eightgig.step.build import build_compute, build_step, checkpoint_as_configured
-from eightgig.train.datasets import check_data, read_data
+from eightgig.train.datasets import check_data
 from eightgig.train.events import TrainingListener
 from eightgig.train.memory_meter import MemoryMeter
 from eightgig.train.run import Run
@@ -77,7 +79,7 @@ def build_run(config: TrainingConfig, place: Place, folder: RunFolder, listener:
     """Everything that `config` describes, ready to train. The data is checked before any weight is loaded."""
     if place.precision.note is not None:
         listener.on_message(place.precision.note)
-    read = read_data(config.data, folder)
+    read = read_data(config.data, Quarantine(folder.quarantine))
     spec = resolve(config.model.name, config.model.revision)
     for text in _notes(config, spec):
         listener.on_message(text)
