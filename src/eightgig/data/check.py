@@ -24,11 +24,25 @@ logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
+class SampleSize:
+    """What decides how much memory a sample takes.
+
+    Attributes:
+        num_text_tokens: after cutting, image tokens not counted.
+        image_sizes_px: width and height of each image, in order.
+    """
+
+    num_text_tokens: int
+    image_sizes_px: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class CheckReport:
     """What the check found.
 
     Attributes:
         samples: the good samples, in their old order.
+        sizes: theirs, in the same order.
         num_bad: samples of this set quarantined, by reading or by the check.
         num_images: images in the good samples.
         largest_image_px: width and height of the good image with the most pixels, None without images.
@@ -40,6 +54,7 @@ class CheckReport:
     """
 
     samples: tuple[Sample, ...]
+    sizes: tuple[SampleSize, ...]
     num_bad: int
     num_images: int
     largest_image_px: tuple[int, int] | None
@@ -73,14 +88,14 @@ def check_samples(
     num_threads = num_threads or min(os.cpu_count() or 1, 8)
     good: list[Sample] = []
     measures: list[TextMeasure] = []
-    sizes: list[tuple[int, int]] = []
+    sizes: list[SampleSize] = []
     with ThreadPoolExecutor(num_threads, thread_name_prefix="image-check") as pool:
         for done, (sample, image_results) in enumerate(_with_image_results(sample_set.samples, pool), start=1):
             try:
                 sample_sizes = [_size_or_raise(result) for result in image_results]
                 measures.append(encoder.measure(sample))
                 good.append(sample)
-                sizes += sample_sizes
+                sizes.append(SampleSize(measures[-1].num_text_tokens, tuple(sample_sizes)))
             except SampleProblem as problem:
                 quarantine.add(sample.source, sample.sample_id, problem)
             if on_progress is not None:
@@ -88,11 +103,13 @@ def check_samples(
     quarantine.write()
     bad = (*sample_set.bad, *quarantine.records[num_before:])
     _refuse_too_many_bad(bad, len(bad) + len(good), max_bad_fraction, quarantine.path)
+    image_sizes_px = [size_px for size in sizes for size_px in size.image_sizes_px]
     return CheckReport(
         samples=tuple(good),
+        sizes=tuple(sizes),
         num_bad=len(bad),
-        num_images=len(sizes),
-        largest_image_px=max(sizes, key=lambda size: size[0] * size[1], default=None),
+        num_images=len(image_sizes_px),
+        largest_image_px=max(image_sizes_px, key=lambda size: size[0] * size[1], default=None),
         max_text_tokens=max(measure.num_text_tokens for measure in measures),
         num_supervised_tokens=sum(measure.num_supervised_tokens for measure in measures),
         num_shortened_prompts=sum(measure.num_cut_prompt_tokens > 0 for measure in measures),
