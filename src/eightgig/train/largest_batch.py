@@ -48,8 +48,6 @@ def _rank(config: TrainingConfig, spec: ModelSpec) -> Callable[[SampleSize], tup
 
     @functools.cache
     def num_image_tokens(width_px: int, height_px: int) -> int:
-        return spec.family.num_image_tokens(
-            spec.facts, config.data.image_size, width_px=width_px, height_px=height_px
-        )
+        return spec.family.num_image_tokens(spec.facts, config.data.image_size, width_px=width_px, height_px=height_px)
 
     return lambda size: (size.num_text_tokens + sum(num_image_tokens(*size_px) for size_px in size.image_sizes_px), 0)
