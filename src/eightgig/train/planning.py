@@ -16,6 +16,7 @@ from eightgig.core.files import write_json
 from eightgig.core.logging import get_logger
 from eightgig.core.units import GIB, format_bytes
 from eightgig.models.least_memory import CONTEXT_BYTES
+from eightgig.plan.phases import phase_word
 from eightgig.plan.plan import plan
 from eightgig.plan.workload import Workload
 from eightgig.registry.gpus import GpuFacts
@@ -31,9 +32,6 @@ FindCard = Callable[[torch.device], GpuFacts | None]
 
 # What a model's own code may raise on tensors without content; a forecast that fails is no reason not to train.
 UNPLANNABLE = (EightGigError, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
-
-MOMENTS = {"load": "loading", "train": "training", "validate": "validation", "save": "saving"}
-"""The phases of a plan in words."""
 
 logger = get_logger(__name__)
 
@@ -99,8 +97,7 @@ def reason(error: Exception) -> str:
 
 def _said(planned: Mapping[str, Any], config: TrainingConfig) -> Iterator[str]:
     peak = planned["peak"]
-    moment = MOMENTS.get(peak["moment"], peak["moment"])
-    yield f"planned: {format_bytes(peak['device_bytes'])} on the card at most, in {moment}"
+    yield f"planned: {format_bytes(peak['device_bytes'])} on the card at most, in {phase_word(peak['moment'])}"
     if planned["fits"] is False:
         cap_gib = config.hardware.cap_gib
         limit = f"the {planned['gpu']}" if cap_gib is None else f"hardware.cap_gib = {cap_gib:g}"
