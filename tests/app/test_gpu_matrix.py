@@ -188,7 +188,7 @@ def test_near_the_limit_a_run_fits_as_pytorch_gives_back_what_it_holds_unused() 
     kept = trace.alloc(40 * MIB)
     trace.free(kept)
     trace.alloc(60 * MIB)  # the free segment of 40 MiB can't hold it, and is given back only where there is a limit
-    run = ReplayedRun(trace, replay(trace, AllocatorSettings()))
+    run = ReplayedRun(trace, AllocatorSettings(), replay(trace, AllocatorSettings()))
     assert run.device_bytes == CONTEXT_BYTES + 100 * MIB
     assert run.fits(CONTEXT_BYTES + 100 * MIB)
     assert run.fits(CONTEXT_BYTES + 60 * MIB)

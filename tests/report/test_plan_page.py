@@ -67,6 +67,15 @@ def test_without_a_card_nothing_is_said_of_fitting() -> None:
     assert sum(bar_parts(page)) == pytest.approx(1000, abs=0.1)
 
 
+@pytest.mark.parametrize(("fits", "said"), [(True, "fits what"), (False, "does not fit what")])
+def test_a_cap_without_a_card_is_spoken_of_as_such(fits: bool, said: str) -> None:
+    assert f"{said} hardware.cap_gib allows" in page_of(gpu=None, budget_bytes=None, fits=fits).text()
+
+
+def test_what_the_card_holds_and_the_cap_does_not_is_laid_to_the_cap() -> None:
+    assert "does not fit what hardware.cap_gib allows" in page_of(fits=False).text()
+
+
 def test_phases_are_bars_of_their_own() -> None:
     page = page_of()
     text = page.text("phases")

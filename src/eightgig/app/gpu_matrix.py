@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from eightgig.config import ConfigPresets
@@ -118,9 +118,10 @@ class Matrix:
 
 @dataclass(frozen=True)
 class ReplayedRun:
-    """A simulated run and what PyTorch's allocator makes of it without a limit."""
+    """A simulated run and what PyTorch's allocator, set to `settings`, makes of it without a limit."""
 
     trace: MemoryTrace
+    settings: AllocatorSettings
     unlimited: AllocatorResult
 
     @property
@@ -135,14 +136,15 @@ class ReplayedRun:
             return True
         if self.unlimited.peak_allocated_bytes > limit_bytes:
             return False
-        return replay(self.trace, AllocatorSettings(limit_bytes=limit_bytes)).out_of_memory is None
+        return replay(self.trace, replace(self.settings, limit_bytes=limit_bytes)).out_of_memory is None
 
 
 def simulate_run(config: TrainingConfig, spec: ModelSpec, gpu: GpuFacts) -> ReplayedRun:
     """The largest samples that `config` lets through, simulated on a card like `gpu` but for its memory."""
     work = largest_workload(config, spec)
     trace = simulate(config, spec, work, planned_precision(config, gpu), gpu.compute_capability or AMPERE).trace
-    return ReplayedRun(trace, replay(trace, AllocatorSettings()))
+    settings = AllocatorSettings()
+    return ReplayedRun(trace, settings, replay(trace, settings))
 
 
 def matrix(
@@ -159,8 +161,8 @@ def matrix(
     Bound of the time: cards fall into classes that take the same memory (Hopper and later or not, bf16 or not: three
     in the table), and one simulation at a length serves all cards of a class. A card's longest length is found by
     bisection, so that there are at most as many simulations of a model as classes times lengths of the ladder (18),
-    mostly half of them; a length that no card asks for is never simulated. One takes from a second (0.5 B parameters)
-    to about the time of an `eightgig plan` of that model.
+    mostly half of them; a length that no card asks for is never simulated. One takes as long as an `eightgig plan` of
+    that model, so that the whole table is a matter of half an hour and more; `on_progress` tells of each.
 
     Args:
         specs: the models; None = all that are known by name.

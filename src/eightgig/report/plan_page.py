@@ -55,9 +55,14 @@ def render_plan(plan: Mapping[str, Any]) -> str:
 def _verdict(plan: Mapping[str, Any]) -> Verdict:
     if plan["fits"] is None:
         return Verdict("unknown", "no card named")
-    spare_bytes = plan["budget_bytes"] - plan["peak"]["device_bytes"]
+    budget_bytes = plan["budget_bytes"]
+    spare_bytes = None if budget_bytes is None else budget_bytes - plan["peak"]["device_bytes"]
     if not plan["fits"]:
+        if spare_bytes is None or spare_bytes >= 0:  # the card alone would hold it
+            return Verdict("failed", "does not fit what hardware.cap_gib allows")
         return Verdict("failed", f"does not fit the {plan['gpu']}: {format_bytes(-spare_bytes)} too much")
+    if spare_bytes is None:
+        return Verdict("finished", "fits what hardware.cap_gib allows")
     return Verdict("finished", f"fits the {plan['gpu']}, with {format_bytes(spare_bytes)} to spare")
 
 
