@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,6 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def spec(encoder: Encoder) -> ModelSpec:
     """LLaVA at 32 px with patches of 8: 16 tokens an image."""
-    from dataclasses import replace
-
     published = get("llava-1.5-7b").facts
     vision = {**published.architecture["vision_config"], "image_size": 32, "patch_size": 8}
     return ModelSpec(
