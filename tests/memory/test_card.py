@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eightgig.core.units import MIB
-from eightgig.memory.card import card_at_hand
+from eightgig.memory.card import card_of
 from eightgig.registry.gpus import get_gpu
 
 CUDA = torch.device("cuda", 0)
@@ -22,14 +22,14 @@ def say(monkeypatch: pytest.MonkeyPatch, name: str, total_mib: int, capability: 
 
 
 def test_a_cpu_is_no_card() -> None:
-    assert card_at_hand(torch.device("cpu")) is None
+    assert card_of(torch.device("cpu")) is None
 
 
 def test_a_card_of_the_table_has_its_rates_and_the_memory_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     say(monkeypatch, "NVIDIA GeForce RTX 4060 Ti", 15931, (8, 9))
     known = get_gpu("RTX 4060 Ti 16GB")
     assert known.vram_bytes != 15931 * MIB
-    assert card_at_hand(CUDA) == replace(known, vram_bytes=15931 * MIB, vram_basis="as CUDA reports it")
+    assert card_of(CUDA) == replace(known, vram_bytes=15931 * MIB, vram_basis="as CUDA reports it")
 
 
 @pytest.mark.parametrize(("capability", "has_bf16"), [((7, 0), False), ((8, 0), True), ((10, 0), True)])
@@ -37,7 +37,7 @@ def test_an_unknown_card_is_what_cuda_tells(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], has_bf16: bool
 ) -> None:
     say(monkeypatch, "NVIDIA Titanic", 5000, capability)
-    card = card_at_hand(CUDA)
+    card = card_of(CUDA)
     assert card is not None
     assert (card.name, card.vram_bytes) == ("NVIDIA Titanic", 5000 * MIB)
     assert (card.compute_capability, card.has_bf16) == (capability, has_bf16)

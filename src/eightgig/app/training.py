@@ -17,7 +17,7 @@ from eightgig.config import TrainingConfig, load_config, save_config
 from eightgig.core.errors import CheckpointError, DoesNotFit, EightGigError, EnvironmentProblem
 from eightgig.core.files import write_json
 from eightgig.data.loader import StepLoader, WorkerSettings
-from eightgig.memory.card import card_at_hand
+from eightgig.memory.card import card_of
 from eightgig.train.events import RunOutcome, RunStart, SilentListener, TrainingListener
 from eightgig.train.fingerprint import fingerprint
 from eightgig.train.journal import Journal
@@ -40,7 +40,7 @@ def train(
     listener: TrainingListener = SILENT,
     dry_run: bool = False,
     command: str = "eightgig.app.training.train(...)",
-    find_card: FindCard = card_at_hand,
+    find_card: FindCard = card_of,
 ) -> RunOutcome:
     """Train as `config` says and return what came of it.
 
@@ -75,7 +75,7 @@ def resume(
     *,
     listener: TrainingListener = SILENT,
     command: str = "eightgig.app.training.resume(...)",
-    find_card: FindCard = card_at_hand,
+    find_card: FindCard = card_of,
 ) -> RunOutcome:
     """Continue the run in `run_folder` from its newest sound checkpoint to its end; it keeps its plan.
 

@@ -13,7 +13,7 @@ from eightgig.registry.gpus import GpuFacts, get_gpu, gpu_of_vram
 BF16_FROM = (8, 0)  # the first compute capability that computes in bf16 itself
 
 
-def card_at_hand(device: torch.device) -> GpuFacts | None:
+def card_of(device: torch.device) -> GpuFacts | None:
     """The card behind `device`, with its memory as CUDA reports it; None where `device` is no GPU.
 
     Of a card that the table does not have, or has several of, there is only what CUDA tells: no rates.
