@@ -39,6 +39,26 @@ class PlannedPeak:
 
 
 @dataclass(frozen=True)
+class Lever:
+    """A setting that was changed to fit."""
+
+    name: str
+    saves_bytes: int
+    costs_s: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class PlannedTime:
+    """How long a step takes."""
+
+    step_s: float
+    epoch_s: float | None
+    tokens_per_s: float
+    basis: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run takes and whether it fits.
 
@@ -62,13 +82,22 @@ class Plan:
     phases: Mapping[str, int]
     workload: Mapping[str, int]
     config: Mapping[str, Any]
+    levers: tuple[Lever, ...] = ()
+    time: PlannedTime | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data for JSON."""
         return asdict(self)
 
 
-def plan(config: TrainingConfig, spec: ModelSpec, gpu: GpuFacts | None, *, reserve_bytes: int) -> Plan:
+def plan(
+    config: TrainingConfig,
+    spec: ModelSpec,
+    gpu: GpuFacts | None,
+    *,
+    reserve_bytes: int,
+    workload: Workload | None = None,
+) -> Plan:
     """The plan of `config` on `gpu` for the largest samples that its settings let through.
 
     Needs no GPU and no weights. A run that goes beyond the budget is tried once more as PyTorch would try: near the
@@ -79,12 +108,13 @@ def plan(config: TrainingConfig, spec: ModelSpec, gpu: GpuFacts | None, *, reser
         spec: its model.
         gpu: the card; None plans without a limit.
         reserve_bytes: of the card's memory, kept free for its other users.
+        workload: what is planned; None: largest_workload(config, spec).
 
     Raises:
         ConfigError: the configured image size does not suit the model.
         UnsupportedModel, EnvironmentProblem: the model's processor can't be had.
     """
-    work = largest_workload(config, spec)
+    work = workload or largest_workload(config, spec)
     capability = gpu.compute_capability if gpu is not None and gpu.compute_capability is not None else AMPERE
     simulation = simulate(config, spec, work, planned_precision(config, gpu), capability)
     result = replay(simulation.trace, AllocatorSettings())
