@@ -101,3 +101,27 @@ def test_an_interrupted_run_goes_on_to_nearly_the_same_losses(run: Callable[...,
     resumed = resume(tmp_path / "stopped", listener=SilentListener(), command="test")
     # Kernels on the GPU add in any order, so equal within rounding, not bit for bit.
     assert _losses(resumed) == pytest.approx(_losses(whole), rel=1e-2)
+
+
+def test_the_plan_agrees_with_what_is_measured(run: Callable[..., RunOutcome]) -> None:
+    class Listener(SilentListener):
+        def __init__(self) -> None:
+            self.messages: list[str] = []
+
+        def on_message(self, text: str) -> None:
+            self.messages.append(text)
+
+    listener = Listener()
+    outcome = run(listener=listener, training={"batch_size": 4, "gradient_accumulation_steps": 2})
+    plan = json.loads((outcome.run_folder / "plan.json").read_text())
+    memory = json.loads((outcome.run_folder / "memory.json").read_text())
+    assert plan["budget_bytes"] == torch.cuda.get_device_properties(0).total_memory
+    assert {name: memory["planned"][name] for name in plan["peak"] if name != "moment"} == {
+        name: size for name, size in plan["peak"].items() if name != "moment"
+    }
+    # A tiny model's few MiB are rounded to segments of 2 and 20 MiB, and the context may be another than the table's.
+    assert memory["planned"]["allocated_bytes"] == pytest.approx(memory["peak_allocated_bytes"], abs=2 * 2**20)
+    assert memory["planned"]["reserved_bytes"] == pytest.approx(memory["peak_reserved_bytes"], abs=20 * 2**20)
+    assert memory["planned"]["device_bytes"] == pytest.approx(memory["device_used_bytes"], abs=300 * 2**20)
+    assert sum(message.startswith("planned: ") for message in listener.messages) == 1
+    assert sum(message.startswith("GPU memory: allocated ") for message in listener.messages) == 2

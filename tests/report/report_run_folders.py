@@ -204,3 +204,22 @@ def write_run(folder: Path) -> Path:
         ],
     )
     return folder
+
+
+PLANNED: dict[str, Any] = {
+    "allocated_bytes": 5_544_000_000,
+    "reserved_bytes": 5_858_000_000,
+    "device_bytes": 6_262_000_000,
+    "breakdown": {
+        "4-bit weights": 3_339_190_272,
+        "16-bit weights": 1_130_000_000,
+        "adapters": 79_953_920,
+        "gradients": 79_953_920,
+        "optimizer": 41_000_000,
+        "checkpoints of layer inputs": 500_000_000,
+        "logits and loss": 373_901_888,
+        "allocator overhead": 314_000_000,
+        "CUDA context": 404_000_000,
+    },
+}
+"""What memory.json holds of a plan that tells apart more than measuring can."""

@@ -91,7 +91,7 @@ def test_an_empty_folder_is_taken_and_a_full_one_is_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize("status", ["failed", "interrupted", "dry run"])
 def test_a_run_that_never_began_gives_its_folder_back(tmp_path: Path, status: str) -> None:
     folder = _begin(tmp_path, status=status, reason="a typo")
-    for path in (folder.receipt, folder.data, folder.quarantine, tmp_path / "notes.txt"):
+    for path in (folder.receipt, folder.plan, folder.data, folder.quarantine, tmp_path / "notes.txt"):
         path.write_text("{}")
     taken = _create(tmp_path)
     assert [path.name for path in taken.path.iterdir()] == ["notes.txt"]

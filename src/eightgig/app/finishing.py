@@ -20,6 +20,7 @@ from eightgig.export.reference import write_reference
 from eightgig.export.verify import reload_plan, verify_in_fresh_process
 from eightgig.train.events import RunOutcome, TrainingListener
 from eightgig.train.history import summarise
+from eightgig.train.plan_check import memory_line, planned_record
 from eightgig.train.run import Run
 from eightgig.train.run_folder import RunFolder, read_jsonl
 
@@ -44,8 +45,11 @@ def finish(run: Run, folder: RunFolder, listener: TrainingListener, *, is_dry_ru
 
 
 def _save_and_prove(run: Run, folder: RunFolder, listener: TrainingListener) -> RunOutcome:
-    peak = run.meter.record(run.loaded.receipt, run.trainable, run.step.optimizer)
+    peak = run.meter.record(run.loaded.receipt, run.trainable, run.step.optimizer) | planned_record(run)
     write_json(folder.memory, peak)
+    line = memory_line(run)
+    if line is not None:
+        listener.on_message(line)
     saved = _save(run, folder)
     verification = _prove(run, folder, saved, listener)
     write_json(folder.verification, verification)

@@ -27,7 +27,8 @@ from eightgig.registry.gpus import GpuFacts
 if TYPE_CHECKING:
     from eightgig.data.sample import Sample
     from eightgig.plan.data_workload import DataFacts, DataWorkloads
-    from eightgig.plan.plan import Plan, PlannedTime
+    from eightgig.plan.plan import Plan
+    from eightgig.plan.step_time import PlannedTime
     from eightgig.plan.workload import Workload
     from eightgig.registry import ModelSpec
 

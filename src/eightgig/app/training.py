@@ -17,10 +17,12 @@ from eightgig.config import TrainingConfig, load_config, save_config
 from eightgig.core.errors import CheckpointError, DoesNotFit, EightGigError, EnvironmentProblem
 from eightgig.core.files import write_json
 from eightgig.data.loader import StepLoader, WorkerSettings
+from eightgig.memory.card import card_of
 from eightgig.train.events import RunOutcome, RunStart, SilentListener, TrainingListener
 from eightgig.train.fingerprint import fingerprint
 from eightgig.train.journal import Journal
 from eightgig.train.loop import TrainingLoop
+from eightgig.train.planning import FindCard
 from eightgig.train.run import Run
 from eightgig.train.run_folder import RunFolder
 from eightgig.train.saving import Saver, resume_from_checkpoint
@@ -38,6 +40,7 @@ def train(
     listener: TrainingListener = SILENT,
     dry_run: bool = False,
     command: str = "eightgig.app.training.train(...)",
+    find_card: FindCard = card_of,
 ) -> RunOutcome:
     """Train as `config` says and return what came of it.
 
@@ -48,6 +51,7 @@ def train(
         listener: is told what happens, on the main process.
         dry_run: do everything up to the first step, then stop.
         command: what was called or typed, for the record.
+        find_card: tells the card behind a device, for which the memory is planned; None = plan nothing.
 
     Raises:
         EightGigError: whatever stands in the way, with what to do about it.
@@ -59,7 +63,7 @@ def train(
         write_json(folder.sources, dict(sources))
         folder.update_facts(status="running", started_at=now_utc(), command=command)
     with _StatusKept(folder, place):
-        run, told = _prepare(config, place, folder, listener)
+        run, told = _prepare(config, place, folder, listener, find_card)
         if dry_run:
             _announce(run, folder, told, steps_done=0)
             return finish(run, folder, told, is_dry_run=True)
@@ -67,9 +71,13 @@ def train(
 
 
 def resume(
-    run_folder: Path, *, listener: TrainingListener = SILENT, command: str = "eightgig.app.training.resume(...)"
+    run_folder: Path,
+    *,
+    listener: TrainingListener = SILENT,
+    command: str = "eightgig.app.training.resume(...)",
+    find_card: FindCard = card_of,
 ) -> RunOutcome:
-    """Continue the run in `run_folder` from its newest sound checkpoint to its end.
+    """Continue the run in `run_folder` from its newest sound checkpoint to its end; it keeps its plan.
 
     Raises:
         CheckpointError: there is no run or no usable checkpoint, it is finished, or config, data or trainable weights
@@ -89,7 +97,7 @@ def resume(
     if place.accelerator.is_main_process:
         folder.update_facts(status="running", command=command)
     with _StatusKept(folder, place):
-        run, told = _prepare(config, place, folder, listener)
+        run, told = _prepare(config, place, folder, listener, find_card)
         marks = fingerprint(config, run.data.fingerprint, run.trainable)
         steps_done = resume_from_checkpoint(run, checkpoint, marks)
         if place.accelerator.is_main_process:
@@ -130,10 +138,10 @@ class _StatusKept(contextlib.AbstractContextManager[None]):
 
 
 def _prepare(
-    config: TrainingConfig, place: Place, folder: RunFolder, listener: TrainingListener
+    config: TrainingConfig, place: Place, folder: RunFolder, listener: TrainingListener, find_card: FindCard
 ) -> tuple[Run, TrainingListener]:
     told: TrainingListener = listener if place.accelerator.is_main_process else SilentListener()
-    run = build_run(config, place, folder, told)
+    run = build_run(config, place, folder, told, find_card)
     if place.accelerator.is_main_process:
         write_json(folder.receipt, run.loaded.receipt.to_json())
         folder.update_facts(**facts_at_start(run))

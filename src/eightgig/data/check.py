@@ -24,11 +24,25 @@ logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
+class SampleSize:
+    """What decides how much memory a sample takes.
+
+    Attributes:
+        num_text_tokens: after cutting, image tokens not counted.
+        image_sizes_px: width and height of each image, in order.
+    """
+
+    num_text_tokens: int
+    image_sizes_px: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class CheckReport:
     """What the check found.
 
     Attributes:
         samples: the good samples, in their old order.
+        sizes: theirs, in the same order.
         num_bad: samples of this set quarantined, by reading or by the check.
         num_images: images in the good samples.
         largest_image_px: width and height of the good image with the most pixels, None without images.
@@ -40,6 +54,7 @@ class CheckReport:
     """
 
     samples: tuple[Sample, ...]
+    sizes: tuple[SampleSize, ...]
     num_bad: int
     num_images: int
     largest_image_px: tuple[int, int] | None
@@ -95,6 +110,7 @@ def check_samples(
     sizes = [size for checked in good for size in checked.image_sizes_px]
     return CheckReport(
         samples=tuple(checked.sample for checked in good),
+        sizes=tuple(SampleSize(checked.text.num_text_tokens, checked.image_sizes_px) for checked in good),
         num_bad=len(sample_set.bad) + len(quarantine) - num_before,
         num_images=len(sizes),
         largest_image_px=max(sizes, key=lambda size: size[0] * size[1], default=None),

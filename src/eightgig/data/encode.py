@@ -84,6 +84,11 @@ class Encoder:
         return self._family
 
     @property
+    def processor(self) -> Any:
+        """The transformers processor."""
+        return self._processor
+
+    @property
     def tokenizer(self) -> Any:
         """The processor's tokenizer."""
         return self._tokenizer

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pynvml
 
 from eightgig.core.errors import ConfigError
-from eightgig.core.units import GIB
-from eightgig.registry.gpus import GpuFacts, get_gpu, gpu_of_vram
-
-BF16_SINCE = 8  # the major compute capability from which cards have bf16 (Ampere; NVIDIA's CUDA guide)
+from eightgig.registry.gpus import GpuFacts, get_gpu
 
 
 @dataclass(frozen=True)
@@ -48,14 +45,7 @@ def _as_torch_sees_it(driver: str) -> CardAtHand | None:
 
     if not torch.cuda.is_available():
         return None
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    try:
-        return CardAtHand(get_gpu(properties.name, vram_bytes=properties.total_memory), driver)
-    except ConfigError:
-        unknown = replace(
-            gpu_of_vram(properties.total_memory / GIB),
-            name=properties.name,
-            compute_capability=(properties.major, properties.minor),
-            has_bf16=properties.major >= BF16_SINCE,
-        )
-        return CardAtHand(unknown, driver)
+    from eightgig.memory.card import card_of
+
+    card = card_of(torch.device("cuda", torch.cuda.current_device()))
+    return None if card is None else CardAtHand(card, driver)

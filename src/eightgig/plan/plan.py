@@ -12,6 +12,7 @@ from eightgig.memory.segments import expects_expandable_segments
 from eightgig.models.least_memory import CONTEXT_BYTES
 from eightgig.models.precision import DTYPES, Precision
 from eightgig.plan.allocator import AllocatorResult, AllocatorSettings, replay
+from eightgig.plan.card_rates import rates_of
 from eightgig.plan.simulate import Simulation, simulate
 from eightgig.plan.step_time import PlannedTime, planned_time
 from eightgig.plan.workload import Workload, largest_workload, workload_sizes
@@ -133,6 +134,27 @@ def plan(
         phases=_phases(result),
         workload=workload_sizes(work),
         config=config.model_dump(mode="json"),
+        time=_time(simulation, config, gpu, work),
+    )
+
+
+def _time(simulation: Simulation, config: TrainingConfig, gpu: GpuFacts | None, work: Workload) -> PlannedTime | None:
+    rates = None if gpu is None else rates_of(gpu)
+    if rates is None:
+        return None
+    return planned_time(
+        simulation.micro_batch_costs,
+        simulation.update_costs,
+        rates,
+        num_micro_batches=config.training.gradient_accumulation_steps,
+        num_tokens=work.batch.num_tokens,
+    )
+
+
+def allocator_settings(gpu: GpuFacts | None = None) -> AllocatorSettings:
+    """The allocator that a run started here has; its addresses are those of `gpu`."""
+    return AllocatorSettings(
+        expandable_segments=expects_expandable_segments(), card_bytes=None if gpu is None else gpu.vram_bytes
     )
 
 
@@ -140,9 +162,7 @@ def _place(
     simulation: Simulation, config: TrainingConfig, gpu: GpuFacts | None, budget_bytes: int | None
 ) -> tuple[AllocatorResult, bool | None]:
     """What the allocator makes of the run, and whether it stays below the card's budget and the config's cap."""
-    free = AllocatorSettings(
-        expandable_segments=expects_expandable_segments(), card_bytes=None if gpu is None else gpu.vram_bytes
-    )
+    free = allocator_settings(gpu)
     limits_bytes = [round(cap * GIB) for cap in [config.hardware.cap_gib] if cap is not None]
     if budget_bytes is not None:
         limits_bytes.append(max(budget_bytes - CONTEXT_BYTES, 0))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 Point = tuple[float, float]
 
 _CHARACTER_WIDTH_PX = 7.0  # of the 12 px sans-serif tick labels; a little generous, so that none is cut off
+_GROUP_NAME_PX, _BAR_PX, _GROUP_GAP_PX = 19, 16, 8  # of grouped bars: the line of a name, a bar, the gap below
 _MAX_DRAWN_POINTS = 2000  # of one line; more can't be told apart on a screen and would only swell the file
 
 
@@ -57,6 +58,18 @@ class BarPart:
     name: str
     size: float
     css_class: str
+
+
+@dataclass(frozen=True)
+class BarGroup:
+    """What a group of bars shows: its name, and for each bar its size in the unit of the axis and the text at its end.
+
+    A size may be below zero; its bar then goes left.
+    """
+
+    name: str
+    sizes: tuple[float, ...]
+    texts: tuple[str, ...]
 
 
 def nice_axis(values: Iterable[float], label: str, *, num_ticks: int = 5, from_zero: bool = False) -> Axis:
@@ -209,10 +222,13 @@ def trailing_mean(points: Sequence[Point], window: int) -> tuple[Point, ...]:
     return tuple(means)
 
 
-def share_bar(title: str, parts: Sequence[BarPart], whole: float, *, size_px: tuple[int, int]) -> str:
+def share_bar(
+    title: str, parts: Sequence[BarPart], whole: float, *, size_px: tuple[int, int], limit: float | None = None
+) -> str:
     """An SVG bar of length `whole` (the same unit as the parts' sizes), filled from the left by `parts` in their order.
 
-    A part that has room for it carries its number in the order, so that the legend can be read without colour.
+    A part that has room for it carries its number in the order, so that the legend can be read without colour. A line
+    across the bar marks `limit`.
     """
     width_px, height_px = size_px
     drawn = [
@@ -232,7 +248,56 @@ def share_bar(title: str, parts: Sequence[BarPart], whole: float, *, size_px: tu
                 f'text-anchor="middle">{number}</text>'
             )
         left += part_px
+    if limit is not None and whole > 0:
+        x = _number(limit / whole * width_px)
+        drawn.append(f'<line class="bar-limit" x1="{x}" x2="{x}" y1="-5" y2="{height_px + 5}"/>')
     return "".join([*drawn, "</svg>"])
+
+
+def grouped_bars(
+    title: str, axis: Axis, groups: Sequence[BarGroup], series: Sequence[tuple[str, str]], *, width_px: int
+) -> str:
+    """An SVG chart of lying bars: in each group one for each of `series` (CSS class, name), below the group's name.
+
+    As high as its groups need. `axis` runs from left to right; room is kept for the texts at the bars' ends.
+    """
+    text_px = max((len(text) for group in groups for text in group.texts), default=0) * _CHARACTER_WIDTH_PX + 8
+    group_px = _GROUP_NAME_PX + len(series) * _BAR_PX + _GROUP_GAP_PX
+    box = Box(2, 0, width_px - text_px, len(groups) * group_px)
+    height_px = box.bottom_px + 36
+    drawn = [
+        f'<svg class="chart" viewBox="0 0 {width_px} {_number(height_px)}" role="img" aria-label="{escape(title)}">',
+        f'<text class="axis-name" x="{_number(box.right_px)}" y="{_number(height_px - 4)}" text-anchor="end">'
+        f"{escape(axis.label)}</text>",
+    ]
+    for tick in axis.ticks:
+        x = _number(position_px(tick, axis, box.left_px, box.right_px))
+        css_class = "base" if tick == 0 else "grid"
+        drawn.append(
+            f'<line class="{css_class}" x1="{x}" x2="{x}" y1="0" y2="{_number(box.bottom_px)}"/>'
+            f'<text class="tick" x="{x}" y="{_number(box.bottom_px + 15)}" text-anchor="middle">'
+            f"{format_tick(tick)}</text>"
+        )
+    for index, group in enumerate(groups):
+        drawn.extend(_group(group, series, axis, replace(box, top_px=index * group_px)))
+    return "".join([*drawn, "</svg>"])
+
+
+def _group(group: BarGroup, series: Sequence[tuple[str, str]], axis: Axis, box: Box) -> list[str]:
+    """The name of one group and its bars, from the top of `box` down."""
+    zero_px = position_px(0.0, axis, box.left_px, box.right_px)
+    drawn = [f'<text class="bar-name" x="{box.left_px + 2}" y="{_number(box.top_px + 13)}">{escape(group.name)}</text>']
+    for index, ((css_class, name), size, text) in enumerate(zip(series, group.sizes, group.texts, strict=True)):
+        end_px = position_px(size, axis, box.left_px, box.right_px)
+        y = box.top_px + _GROUP_NAME_PX + index * _BAR_PX
+        drawn.append(
+            f'<rect class="{escape(css_class)}" x="{_number(min(zero_px, end_px))}" y="{_number(y)}" '
+            f'width="{_number(abs(end_px - zero_px))}" height="{_BAR_PX - 2}">'
+            f"<title>{escape(group.name)}, {escape(name)}: {escape(text)}</title></rect>"
+            f'<text class="tick" x="{_number(max(zero_px, end_px) + 6)}" y="{_number(y + _BAR_PX - 5)}">'
+            f"{escape(text)}</text>"
+        )
+    return drawn
 
 
 def _number(value: float) -> str:

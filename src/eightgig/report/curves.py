@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from eightgig.core.units import GIB, format_bytes
 from eightgig.report.charts import (
+    BarGroup,
     BarPart,
     Point,
     Series,
+    grouped_bars,
     line_chart,
     nice_axis,
     share_bar,
@@ -21,6 +24,7 @@ STEP_LABEL = "optimizer step"
 _WIDE_PX, _NARROW_PX = (1000, 330), (340, 250)
 _SMALL_PX, _SMALL_NARROW_PX = (484, 190), (340, 170)
 _BAR_PX, _NARROW_BAR_PX = (1000, 44), (400, 40)
+_NUM_PART_COLOURS = 8  # of the style sheet; the numbers in the bar tell apart what shares one
 
 
 @dataclass(frozen=True)
@@ -81,15 +85,33 @@ def small_charts(records: RunRecords) -> list[Chart]:
     ]
 
 
-def memory_bar(rows: Sequence[tuple[str, int]], whole_bytes: int) -> Chart:
-    """The memory by category as one bar, of which `whole_bytes` is the full length."""
-    parts = [BarPart(name, size, f"part part-{number}") for number, (name, size) in enumerate(rows, 1)]
+def memory_bar(rows: Sequence[tuple[str, int]], whole_bytes: int, *, limit_bytes: int | None = None) -> Chart:
+    """The memory by category as one bar, of which `whole_bytes` is the full length; a line marks `limit_bytes`."""
+    parts = [
+        BarPart(name, size, f"part part-{number % _NUM_PART_COLOURS + 1}") for number, (name, size) in enumerate(rows)
+    ]
     title = "Memory by category"
     return Chart(
         title=title,
-        wide=share_bar(title, parts, whole_bytes, size_px=_BAR_PX),
-        narrow=share_bar(title, parts, whole_bytes, size_px=_NARROW_BAR_PX),
+        wide=share_bar(title, parts, whole_bytes, size_px=_BAR_PX, limit=limit_bytes),
+        narrow=share_bar(title, parts, whole_bytes, size_px=_NARROW_BAR_PX, limit=limit_bytes),
         legend=tuple((part.css_class, part.name) for part in parts),
+    )
+
+
+def bytes_bars(title: str, rows: Sequence[tuple[str, Sequence[int]]], series: Sequence[tuple[str, str]]) -> Chart:
+    """Bars of bytes side by side: one group a row, one bar for each of `series` (CSS class, name)."""
+    groups = [
+        BarGroup(name, tuple(size / GIB for size in sizes), tuple(format_bytes(size) for size in sizes))
+        for name, sizes in rows
+    ]
+    axis = nice_axis((size for group in groups for size in group.sizes), "GiB", num_ticks=4, from_zero=True)
+    wide_px, narrow_px = _WIDE_PX[0], _NARROW_PX[0]
+    return Chart(
+        title=title,
+        wide=grouped_bars(title, axis, groups, series, width_px=wide_px),
+        narrow=grouped_bars(title, axis, groups, series, width_px=narrow_px),
+        legend=tuple(series) if len(series) > 1 else (),
     )
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
-from eightgig.core.units import format_bytes
 from eightgig.report.curves import Chart, loss_chart, memory_bar, small_charts
+from eightgig.report.pages import page_template
+from eightgig.report.planned import planned_part
 from eightgig.report.records import RunRecords
 from eightgig.report.view import (
     card_total_bytes,
@@ -20,7 +16,7 @@ from eightgig.report.view import (
     setting_sections,
     summary_tiles,
 )
-from eightgig.report.wording import format_count, format_method, format_moment, format_number, format_share
+from eightgig.report.wording import format_count, format_share
 
 _NOT_YET_KNOWN: dict[str, Any] = {  # what run.json lacks of a run that ended early
     "status": "unknown",
@@ -42,14 +38,15 @@ _NOT_YET_KNOWN: dict[str, Any] = {  # what run.json lacks of a run that ended ea
 def render_report(run: RunRecords) -> str:
     """The report of `run` as HTML text; a part whose records are missing says so or is left out."""
     cards, num_cards_left_out = picture_cards(run)
-    return _template().render(
+    return page_template("template.html.j2").render(
         run=run,
         facts={**_NOT_YET_KNOWN, **run.run},
         tiles=summary_tiles(run),
         loss=loss_chart(run),
         small=small_charts(run),
         memory=_memory_part(run),
-        sections=setting_sections(run),
+        planned=planned_part(run.memory),
+        sections=setting_sections(run.config, run.sources),
         cards=cards,
         num_cards_left_out=num_cards_left_out,
         quarantine=quarantine_view(run),
@@ -85,30 +82,3 @@ def _four_bit_headline(run: RunRecords) -> str | None:
         return f"No: all {format_count(total)} parameters are stored in 16 bits or more."
     share = format_share(four_bit / total)
     return f"Yes: {format_count(four_bit)} of {format_count(total)} parameters ({share}) are stored in 4 bits."
-
-
-@cache
-def _template() -> jinja2.Template:
-    """The page, with everything that is put into it escaped unless it is SVG or CSS of our own."""
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_package_text),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        bytes=format_bytes,
-        count=format_count,
-        method=format_method,
-        moment=format_moment,
-        number=format_number,
-        share=format_share,
-    )
-    environment.globals.update(style=Markup(_package_text("style.css")), svg=Markup)
-    return environment.get_template("template.html.j2")
-
-
-def _package_text(name: str) -> str:
-    """The text of a file that lies beside this module."""
-    return (files("eightgig.report") / name).read_text(encoding="utf-8")

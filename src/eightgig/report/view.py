@@ -166,12 +166,12 @@ def _is_on_gpu(records: RunRecords) -> bool:
     return bool(records.run.get("device", {}).get("type") == "cuda")
 
 
-def setting_sections(records: RunRecords) -> list[tuple[str, list[SettingRow]]]:
-    """Every setting by section, in the order of the configuration, with where its value came from."""
+def setting_sections(config: Record, sources: Mapping[str, str]) -> list[tuple[str, list[SettingRow]]]:
+    """Every setting by section, in the configuration's order, with where its value came from where that is known."""
     sections: dict[str, list[SettingRow]] = {}
-    for path, value in _flatten(records.config):
+    for path, value in _flatten(config):
         section, _, name = path.partition(".")
-        source = _source_of(path, records.sources)
+        source = _source_of(path, sources)
         row = SettingRow(
             name or section, _setting_text(value), source, source in ("default", "") or source.startswith("follows ")
         )

@@ -40,8 +40,10 @@ def check_data(
         validation_samples = reports["validation"].samples
     else:
         train_samples, validation_samples = split_validation(train_samples, config.data.val_fraction, config.seed)
+    size_of = dict(zip(map(id, reports["training"].samples), reports["training"].sizes, strict=True))
     return DataSets(
         train=train_samples,
+        train_sizes=tuple(size_of[id(sample)] for sample in train_samples),
         validation=validation_samples[: config.validation.max_samples],
         fingerprint=_sha256_of(train_samples),
         num_quarantined=len(read.quarantine),
@@ -96,7 +98,7 @@ def _changes(report: CheckReport, settings: DataConfig) -> list[str]:
 
 def _record(samples: SampleSet, report: CheckReport) -> dict[str, Any]:
     """The part of data.json about one set: its files, and all counts of the check."""
-    counts = {item.name: getattr(report, item.name) for item in fields(report) if item.name != "samples"}
+    counts = {item.name: getattr(report, item.name) for item in fields(report) if item.name not in ("samples", "sizes")}
     files = [asdict(file) | {"path": str(file.path)} for file in samples.manifest]
     return {"files": files, "num_samples": len(report.samples)} | counts
 

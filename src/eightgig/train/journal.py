@@ -38,6 +38,11 @@ class Journal:
         if self._is_main:
             self._listener.on_checkpoint(path, reason)
 
+    def message(self, text: str) -> None:
+        """Tell the user."""
+        if self._is_main:
+            self._listener.on_message(text)
+
     def close(self) -> None:
         """Write out what TensorBoard holds back."""
         if self._writer is not None:

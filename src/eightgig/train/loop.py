@@ -15,10 +15,12 @@ from eightgig.core.units import format_bytes
 from eightgig.data.batch import MicroBatch
 from eightgig.models.adapters import check_gradients
 from eightgig.train.journal import Journal
+from eightgig.train.plan_check import memory_line
 from eightgig.train.run import Run
 from eightgig.train.saving import Saver
 from eightgig.train.validation import Validator
 
+NUM_STEPS_MEASURED = 2  # optimizer states appear in the first; the second is what all later ones are like
 ETA_SMOOTHING = 0.9  # share of the old estimate kept at each step
 
 
@@ -45,6 +47,8 @@ class TrainingLoop:
             self.validate(0)
         for step in range(steps_done + 1, run.num_steps + 1):
             self._step_or_explain(step, batches)
+            if step == steps_done + NUM_STEPS_MEASURED:
+                self._compare_memory()
             is_last = step == run.num_steps
             is_best = False
             if is_last or _is_due(step, run.config.validation.every_steps):
@@ -53,6 +57,12 @@ class TrainingLoop:
             if is_last or is_best or _is_due(step, run.config.checkpoints.every_steps):
                 self.saver.save(step, reason="lowest validation loss so far" if is_best else "regular")
         self.journal.close()
+
+    def _compare_memory(self) -> None:
+        """Say how the memory so far compares with the plan, where there is one."""
+        line = memory_line(self.run)
+        if line is not None:
+            self.journal.message(line)
 
     def _step_or_explain(self, step: int, batches: Iterator[list[MicroBatch]]) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,6 +16,24 @@ from torch.optim import Optimizer
 
 from eightgig.memory.device_use import device_use
 from eightgig.models.receipt import Receipt
+
+
+@dataclass(frozen=True)
+class GpuPeaks:
+    """The most that a run has held on its GPU so far.
+
+    Attributes:
+        allocated_bytes, reserved_bytes: by PyTorch.
+        device_bytes: what the driver counts: reserved, and the CUDA context.
+        total_bytes: of the card.
+        counts_other_programs: whether the context could only be told together with the card's other programs.
+    """
+
+    allocated_bytes: int
+    reserved_bytes: int
+    device_bytes: int
+    total_bytes: int
+    counts_other_programs: bool
 
 
 class MemoryMeter:
@@ -65,6 +84,20 @@ class MemoryMeter:
         """The highest `allocated_bytes` or `reserved_bytes` of any phase so far."""
         return max((peak[kind] for peak in self.peaks.values()), default=0)
 
+    def gpu_peaks(self) -> GpuPeaks | None:
+        """The highest of any phase so far; None without a GPU."""
+        if not self.is_cuda:
+            return None
+        use = device_use(self.device)
+        reserved_bytes = self.peak_bytes("reserved_bytes")
+        return GpuPeaks(
+            allocated_bytes=self.peak_bytes("allocated_bytes"),
+            reserved_bytes=reserved_bytes,
+            device_bytes=reserved_bytes + use.used_bytes - torch.cuda.memory_reserved(self.device),
+            total_bytes=use.total_bytes,
+            counts_other_programs=use.counts_other_programs,
+        )
+
     def record(self, receipt: Receipt, trainable: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Any]:
         """The content of memory.json.
 
@@ -86,20 +119,17 @@ class MemoryMeter:
             "phases": self.peaks,
             "host_peak_rss_bytes": _peak_rss_bytes(self._process),
         }
-        if self.is_cuda:
-            use = device_use(self.device)
-            peak_allocated_bytes = self.peak_bytes("allocated_bytes")
-            peak_reserved_bytes = self.peak_bytes("reserved_bytes")
-            context_bytes = use.used_bytes - torch.cuda.memory_reserved(self.device)
-            categories["activations and temporary"] = peak_allocated_bytes - sum(categories.values())
-            categories["allocator overhead"] = peak_reserved_bytes - peak_allocated_bytes
-            categories["CUDA context"] = context_bytes
+        peaks = self.gpu_peaks()
+        if peaks is not None:
+            categories["activations and temporary"] = peaks.allocated_bytes - sum(categories.values())
+            categories["allocator overhead"] = peaks.reserved_bytes - peaks.allocated_bytes
+            categories["CUDA context"] = peaks.device_bytes - peaks.reserved_bytes
             record |= {
-                "peak_allocated_bytes": peak_allocated_bytes,
-                "peak_reserved_bytes": peak_reserved_bytes,
-                "device_used_bytes": peak_reserved_bytes + context_bytes,
-                "device_total_bytes": use.total_bytes,
-                "counts_other_programs": use.counts_other_programs,
+                "peak_allocated_bytes": peaks.allocated_bytes,
+                "peak_reserved_bytes": peaks.reserved_bytes,
+                "device_used_bytes": peaks.device_bytes,
+                "device_total_bytes": peaks.total_bytes,
+                "counts_other_programs": peaks.counts_other_programs,
             }
         return record | {"categories": categories}
 

@@ -10,12 +10,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from eightgig.config import TrainingConfig
+from eightgig.data.check import SampleSize
 from eightgig.data.encode import Encoder
 from eightgig.data.order import StepOrder
 from eightgig.data.sample import Sample
 from eightgig.models.load import LoadedModel
 from eightgig.step.step import TrainingStep
 from eightgig.train.memory_meter import MemoryMeter
+from eightgig.train.planning import PlannedMemory
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class DataSets:
     """The samples of a run, checked, and what the check found.
 
     Attributes:
+        train_sizes: those of the training samples, in their order.
         fingerprint: hash of the training samples' ids, texts and image files' names, to be the same on resume.
         num_quarantined: samples left out of either set.
         num_cut_prompt_samples: samples whose prompt is longer than `max_length` and gets cut.
@@ -30,6 +33,7 @@ class DataSets:
     """
 
     train: tuple[Sample, ...]
+    train_sizes: tuple[SampleSize, ...]
     validation: tuple[Sample, ...]
     fingerprint: str
     num_quarantined: int
@@ -40,7 +44,11 @@ class DataSets:
 
 @dataclass
 class Run:
-    """One run, ready to start or to go on."""
+    """One run, ready to start or to go on.
+
+    Attributes:
+        planned: the GPU memory that was planned; None without a GPU, off the main process, or if it can't be planned.
+    """
 
     config: TrainingConfig
     accelerator: Accelerator
@@ -51,6 +59,7 @@ class Run:
     num_steps: int
     step: TrainingStep
     meter: MemoryMeter
+    planned: PlannedMemory | None
 
     @property
     def model(self) -> nn.Module:

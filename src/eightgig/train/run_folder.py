@@ -77,6 +77,11 @@ class RunFolder:
         return self.path / "generations.jsonl"
 
     @property
+    def plan(self) -> Path:
+        """The memory that was planned before the weights were loaded; only of a run on a GPU."""
+        return self.path / "plan.json"
+
+    @property
     def memory(self) -> Path:
         """Peak memory by category."""
         return self.path / "memory.json"
@@ -160,7 +165,7 @@ class RunFolder:
         has_results = any(path.exists() for path in (self.metrics, self.generations, self.checkpoints))
         if not self.is_run or has_results or self.read_facts().get("status") == "running":
             return False
-        for file in (self.config, self.sources, self.receipt, self.data, self.quarantine, self.facts):
+        for file in (self.config, self.sources, self.receipt, self.plan, self.data, self.quarantine, self.facts):
             file.unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,7 +24,9 @@ from eightgig.registry import ModelSpec, resolve
 from eightgig.step.build import build_compute, build_step, checkpoint_as_configured
 from eightgig.train.datasets import check_data
 from eightgig.train.events import TrainingListener
+from eightgig.train.largest_batch import largest_training_batch
 from eightgig.train.memory_meter import MemoryMeter
+from eightgig.train.planning import FindCard, plan_memory
 from eightgig.train.run import Run
 from eightgig.train.run_folder import RunFolder
 
@@ -75,8 +78,13 @@ def choose_place(config: TrainingConfig) -> Place:
     return Place(accelerator, choose_precision(config.hardware.mixed_precision, accelerator.device))
 
 
-def build_run(config: TrainingConfig, place: Place, folder: RunFolder, listener: TrainingListener) -> Run:
-    """Everything that `config` describes, ready to train. The data is checked before any weight is loaded."""
+def build_run(
+    config: TrainingConfig, place: Place, folder: RunFolder, listener: TrainingListener, find_card: FindCard
+) -> Run:
+    """Everything that `config` describes, ready to train.
+
+    The data is checked, and the memory planned on the card that `find_card` tells, before any weight is loaded.
+    """
     if place.precision.note is not None:
         listener.on_message(place.precision.note)
     read = read_data(config.data, Quarantine(folder.quarantine))
@@ -85,6 +93,11 @@ def build_run(config: TrainingConfig, place: Place, folder: RunFolder, listener:
         listener.on_message(text)
     encoder = _build_encoder(config, spec)
     data = check_data(read, config, encoder, folder, listener)
+    card = find_card(place.device) if place.accelerator.is_main_process else None
+    planned = None
+    if card is not None:
+        workload = functools.partial(largest_training_batch, config, spec, encoder, data)
+        planned = plan_memory(config, spec, card, workload, folder, listener)
     listener.on_message(f"loading {spec.name}")
     loaded = load_model(config, spec, place.device, place.precision)
     attach_adapters(loaded, config)
@@ -114,6 +127,7 @@ def build_run(config: TrainingConfig, place: Place, folder: RunFolder, listener:
         num_steps=num_steps,
         step=step,
         meter=MemoryMeter(place.device),
+        planned=planned,
     )
 
 

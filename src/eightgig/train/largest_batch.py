@@ -1,0 +1,53 @@
+"""The micro-batch of a run's own data that takes the most memory, for its plan."""
+
+from __future__ import annotations
+
+import functools
+import heapq
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from eightgig.data.check import SampleSize
+from eightgig.data.encode import Encoder
+from eightgig.data.loader import validation_batches
+from eightgig.plan.workload import Workload
+
+if TYPE_CHECKING:
+    from eightgig.config import TrainingConfig
+    from eightgig.registry import ModelSpec
+    from eightgig.train.run import DataSets
+
+
+def largest_training_batch(config: TrainingConfig, spec: ModelSpec, encoder: Encoder, data: DataSets) -> Workload:
+    """A micro-batch of the training samples with the most tokens, image tokens among them.
+
+    Validation is planned with the same samples: it answers as many of them as a batch of it holds, and none where the
+    run has no validation samples.
+
+    Raises:
+        DataError: an image that was good when it was checked can't be read any more.
+    """
+    rank = _rank(config, spec)
+    order = heapq.nlargest(
+        config.training.batch_size, range(len(data.train)), key=lambda index: rank(data.train_sizes[index])
+    )
+    samples = tuple(data.train[index] for index in order)
+    (batch,) = validation_batches(encoder, samples, batch_size=len(samples))
+    num_generated = min(config.validation.num_generated, len(samples)) if data.validation else 0
+    return Workload(encoder.processor, encoder, samples, batch, num_generated)
+
+
+def _rank(config: TrainingConfig, spec: ModelSpec) -> Callable[[SampleSize], tuple[int, int]]:
+    """What orders samples by their tokens.
+
+    Image tokens of a derived family can only be counted by processing each image: its samples are ordered by their
+    pixels, then by their text.
+    """
+    if spec.family.derivation:
+        return lambda size: (sum(width * height for width, height in size.image_sizes_px), size.num_text_tokens)
+
+    @functools.cache
+    def num_image_tokens(width_px: int, height_px: int) -> int:
+        return spec.family.num_image_tokens(spec.facts, config.data.image_size, width_px=width_px, height_px=height_px)
+
+    return lambda size: (size.num_text_tokens + sum(num_image_tokens(*size_px) for size_px in size.image_sizes_px), 0)

@@ -1,0 +1,79 @@
+"""The micro-batch that is planned is the one with the most tokens, as encoding every sample finds it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.tiny import build_tiny_processor, write_image
+
+from eightgig.config import TrainingConfig
+from eightgig.data.check import SampleSize
+from eightgig.data.encode import Encoder
+from eightgig.data.sample import ImagePart, Message, Sample, SourceRef, TextPart
+from eightgig.registry import ModelSpec, get
+from eightgig.registry.llava import LlavaFamily
+from eightgig.train.largest_batch import largest_training_batch
+from eightgig.train.run import DataSets
+
+WORDS = st.lists(st.integers(1, 30), min_size=1, max_size=9)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder(build_tiny_processor(image_px=32), LlavaFamily(), max_length=24)
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_image(tmp_path_factory.mktemp("picture") / "a.png")
+
+
+@pytest.fixture(scope="module")
+def spec(encoder: Encoder) -> ModelSpec:
+    """LLaVA at 32 px with patches of 8: 16 tokens an image."""
+    published = get("llava-1.5-7b").facts
+    vision = {**published.architecture["vision_config"], "image_size": 32, "patch_size": 8}
+    return ModelSpec(
+        LlavaFamily(), replace(published, architecture={**published.architecture, "vision_config": vision}, image_px=32)
+    )
+
+
+def sample(name: str, num_words: int, num_images: int, picture: Path) -> Sample:
+    """A sample whose answer has so many words."""
+    question = Message("user", (*[ImagePart(path=picture)] * num_images, TextPart("What is shown?")))
+    return Sample(name, (question, Message("assistant", (TextPart("bar " * num_words),))), SourceRef(picture, 1))
+
+
+def data_of(samples: list[Sample], encoder: Encoder, *, num_validation: int = 1) -> DataSets:
+    """`samples` as training data, with the sizes that a check finds."""
+    sizes = tuple(SampleSize(encoder.measure(each).num_text_tokens, ((40, 30),) * len(each.images)) for each in samples)
+    return DataSets(tuple(samples), sizes, tuple(samples[:num_validation]), "", 0, 0, 0, has_images=True)
+
+
+@given(words=WORDS, batch_size=st.integers(1, 4), draw=st.data())
+def test_no_other_batch_has_more_tokens(
+    words: list[int], batch_size: int, draw: st.DataObject, encoder: Encoder, spec: ModelSpec, picture: Path
+) -> None:
+    samples = [
+        sample(str(index), num_words, draw.draw(st.integers(0, 2)), picture) for index, num_words in enumerate(words)
+    ]
+    config = TrainingConfig.model_validate({"training": {"batch_size": batch_size}})
+    work = largest_training_batch(config, spec, encoder, data_of(samples, encoder))
+    lengths = sorted((encoder.encode(each).input_ids.numel() for each in samples), reverse=True)[:batch_size]
+    assert work.batch.num_tokens == sum(lengths)
+    assert len(work.samples) == min(batch_size, len(samples))
+    assert work.processor is encoder.processor
+
+
+@pytest.mark.parametrize(("num_validation", "wanted", "num_generated"), [(1, 8, 2), (1, 1, 1), (1, 0, 0), (0, 8, 0)])
+def test_as_many_answers_as_validation_asks_for_at_once(
+    num_validation: int, wanted: int, num_generated: int, encoder: Encoder, spec: ModelSpec, picture: Path
+) -> None:
+    config = TrainingConfig.model_validate({"training": {"batch_size": 2}, "validation": {"num_generated": wanted}})
+    samples = [sample(str(index), 3, 1, picture) for index in range(3)]
+    work = largest_training_batch(config, spec, encoder, data_of(samples, encoder, num_validation=num_validation))
+    assert work.num_generated == num_generated
