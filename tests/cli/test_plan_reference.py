@@ -16,10 +16,10 @@ from eightgig.app.card_wanted import CardWanted
 from eightgig.app.planning import plan_as_json
 from eightgig.config import ConfigPresets, TrainingConfig
 from eightgig.plan import plan as plan_module
-from eightgig.plan.plan import Lever, PlannedTime
+from eightgig.plan.plan import Alternative, Lever, PlannedTime
 
 REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "plan_json.md"
-OPEN = ("breakdown", "phases", "config")  # their keys are categories, phases and settings
+OPEN = ("breakdown", "phases", "config", "alternatives[].settings")  # keys are categories, phases and settings
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,8 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     def complete(*positional: Any, **named: Any) -> Any:
         time = PlannedTime(2.0, None, 500.0, "estimated from the card's data sheet")
         made = real(*positional, **named)
-        return replace(made, levers=made.levers or (Lever("a", 1, 0.1, "b"),), time=made.time or time)
+        alternatives = (Alternative({"data.max_length": 64}, 1, 2.0, "c"),)
+        return replace(made, levers=(Lever("a", 1, 0.1, "b"),), alternatives=alternatives, time=made.time or time)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_module, "plan", complete)

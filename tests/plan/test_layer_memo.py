@@ -86,7 +86,7 @@ class _Stack(torch.nn.Module):
         shift = torch.stack([torch.ones(states.shape[-1]), torch.full(states.shape[-1:], 0.5)]).unbind()
         for layer in self.layers:
             states = layer(states, mask, shift)
-        return states.sum()
+        return (states * 1.5).sum()  # a sum alone hands on one number, spread over the shape: no model ends in a layer
 
 
 @settings(deadline=None, max_examples=25)

@@ -30,7 +30,13 @@ def plan_cache() -> JsonCache:
 
 
 def plan_key(
-    config: TrainingConfig, *, gpu: GpuFacts | None, driver: str | None, reserve_bytes: int, read: ReadData | None
+    config: TrainingConfig,
+    *,
+    gpu: GpuFacts | None,
+    driver: str | None,
+    reserve_bytes: int,
+    read: ReadData | None,
+    fixed: Iterable[str] | None = None,
 ) -> dict[str, Any] | None:
     """What a plan depends on, as plain data; None for a model that only the hub knows, which may change at any time.
 
@@ -39,6 +45,7 @@ def plan_key(
         gpu: the card, and of one that is in this machine the version of its `driver`.
         driver: None for a card that is only named.
         reserve_bytes: kept free.
+        fixed: settings that stay in a search; None without one.
         read: the user's data; its files and images count with size and time of their last change.
     """
     name = config.model.name
@@ -50,6 +57,7 @@ def plan_key(
         "gpu": None if gpu is None else asdict(gpu),
         "driver": driver,
         "reserve_bytes": reserve_bytes,
+        "fixed": None if fixed is None else sorted(fixed),
         "expandable_segments": expects_expandable_segments(),
         "versions": {package: _version(package) for package in PACKAGES},
         "sources": _digest(_own_files()),

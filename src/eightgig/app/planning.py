@@ -9,12 +9,13 @@ import json
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightgig.app.card_wanted import CardWanted, facts_of_card
+from eightgig.app.measured_rates import rates_at_hand
 from eightgig.app.plan_cache import plan_cache, plan_key
 from eightgig.config import DataConfig, TrainingConfig
 from eightgig.core.errors import UnsupportedModel
@@ -26,6 +27,8 @@ from eightgig.registry.gpus import GpuFacts
 
 if TYPE_CHECKING:
     from eightgig.data.sample import Sample
+    from eightgig.plan.candidates import WorkloadOf
+    from eightgig.plan.card_rates import CardRates
     from eightgig.plan.data_workload import DataFacts, DataWorkloads
     from eightgig.plan.plan import Plan
     from eightgig.plan.step_time import PlannedTime
@@ -41,12 +44,14 @@ class Question:
         gpu: None plans without a limit.
         driver: of a card that is in this machine.
         reserve_bytes: of the card's memory, kept free.
+        fixed: paths of the settings that stay, where faster ones are looked for; None plans `config` as it is.
     """
 
     config: TrainingConfig
     gpu: GpuFacts | None
     driver: str | None
     reserve_bytes: int
+    fixed: frozenset[str] | None = None
 
 
 class UserData:
@@ -61,7 +66,7 @@ class UserData:
     def __init__(self, settings: DataConfig) -> None:
         folder = Path(tempfile.gettempdir()) / f"eightgig-plan-{uuid.uuid4().hex[:8]}"
         self.read = read_data(settings, Quarantine(folder / "quarantine.jsonl"))
-        self._workloads: DataWorkloads | None = None
+        self._workloads: dict[int, DataWorkloads] = {}
 
     @classmethod
     def of(cls, config: TrainingConfig) -> UserData | None:
@@ -69,14 +74,15 @@ class UserData:
         return None if config.data.data_path is None else cls(config.data)
 
     def workloads(self, config: TrainingConfig, spec: ModelSpec) -> DataWorkloads:
-        """The micro-batches that it makes; `config` and `spec` are the same in each call but for the method."""
+        """The micro-batches that it makes; `config` and `spec` are the same in each call but for method and batch."""
         from eightgig.plan.data_workload import data_workloads
 
-        if self._workloads is None:
-            self._workloads = data_workloads(config, spec, self.read)
+        batch_size = config.training.batch_size
+        if batch_size not in self._workloads:
+            self._workloads[batch_size] = data_workloads(config, spec, self.read)
             if not len(self.read.quarantine):
                 shutil.rmtree(self.read.quarantine.path.parent, ignore_errors=True)
-        return self._workloads
+        return self._workloads[batch_size]
 
 
 def plan_run(
@@ -102,13 +108,17 @@ def plan_as_json(
     card: CardWanted,
     *,
     uses_cache: bool = True,
+    fixed: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """`plan_run` as plain data (docs/reference/plan_json.md); kept, and with `uses_cache` taken from what was kept.
+
+    With `fixed`, the paths of settings that stay, it is the plan of the fastest settings that fit the card.
 
     Raises:
         EightGigError: as `plan_run`.
     """
-    return _plan_as_json(_question(config, card), UserData.of(config), uses_cache=uses_cache)
+    question = replace(_question(config, card), fixed=None if fixed is None else frozenset(fixed))
+    return _plan_as_json(question, UserData.of(config), uses_cache=uses_cache)
 
 
 def compare_as_json(
@@ -143,6 +153,7 @@ def _plan_as_json(question: Question, data: UserData | None, *, uses_cache: bool
         gpu=question.gpu,
         driver=question.driver,
         reserve_bytes=question.reserve_bytes,
+        fixed=question.fixed,
         read=None if data is None else data.read,
     )
     kept = plan_cache().get(key) if uses_cache and key is not None else None
@@ -161,23 +172,55 @@ def _question(config: TrainingConfig, card: CardWanted) -> Question:
 
 def _answer(question: Question, data: UserData | None) -> Plan:
     spec = resolve(question.config.model.name, question.config.model.revision)
+    from eightgig.plan.workload import largest_workload
+
+    rates = rates_at_hand(question.gpu, question.driver)
+    if data is None:
+        planned = _planned(question, spec, rates, lambda config: largest_workload(config, spec))
+        return replace(planned, workload={**planned.workload, "data": None})
+    return _answer_with(question, spec, rates, data)
+
+
+def _answer_with(question: Question, spec: ModelSpec, rates: CardRates | None, data: UserData) -> Plan:
+    """The plan for the largest samples of `data`; those that take the most as configured decide the settings."""
     from eightgig.plan.plan import plan
 
-    if data is None:
-        planned = plan(question.config, spec, question.gpu, reserve_bytes=question.reserve_bytes)
-        return replace(planned, workload={**planned.workload, "data": None})
-    found = data.workloads(question.config, spec)
+    def as_it_is(config: TrainingConfig, work: Workload) -> Plan:
+        return plan(config, spec, question.gpu, reserve_bytes=question.reserve_bytes, workload=work, rates=rates)
 
-    def planned_for(work: Workload) -> Plan:
-        return plan(question.config, spec, question.gpu, reserve_bytes=question.reserve_bytes, workload=work)
-
-    plans = {reason: planned_for(work) for reason, work in found.largest.items()}
+    largest = data.workloads(question.config, spec).largest
+    first = max(largest, key=lambda reason: largest[reason].batch.num_tokens)
+    chosen = _planned(question, spec, rates, lambda config: data.workloads(config, spec).largest[first])
+    config = type(question.config).model_validate(chosen.config)
+    found = data.workloads(config, spec)
+    others = {reason: as_it_is(config, work) for reason, work in found.largest.items() if reason != first}
+    plans = {first: chosen, **others}
     decisive = max(plans, key=lambda reason: plans[reason].peak.device_bytes)
     samples = [_name_of(sample) for sample in found.largest[decisive].samples]
     facts = {"decided_by": decisive, "samples": samples, **_data_json(found.facts)}
-    planned = plans[decisive]
-    usual = planned if planned.time is None else planned_for(found.usual)
+    planned = replace(plans[decisive], levers=chosen.levers, alternatives=chosen.alternatives)
+    usual = planned if planned.time is None else as_it_is(config, found.usual)
     return replace(planned, workload={**planned.workload, "data": facts}, time=_time_of_epoch(usual.time, found.facts))
+
+
+def _planned(question: Question, spec: ModelSpec, rates: CardRates | None, workload_of: WorkloadOf) -> Plan:
+    from eightgig.plan.plan import plan
+    from eightgig.plan.search import search
+
+    if question.fixed is None or question.gpu is None:
+        work = workload_of(question.config)
+        return plan(
+            question.config, spec, question.gpu, reserve_bytes=question.reserve_bytes, workload=work, rates=rates
+        )
+    return search(
+        question.config,
+        spec,
+        question.gpu,
+        reserve_bytes=question.reserve_bytes,
+        fixed=question.fixed,
+        workload_of=workload_of,
+        rates=rates,
+    )
 
 
 def _name_of(sample: Sample) -> str:

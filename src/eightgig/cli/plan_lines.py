@@ -32,6 +32,7 @@ def plan_lines(planned: Mapping[str, Any]) -> Iterator[str]:
     yield from _lever_lines(planned["levers"])
     yield from _time_lines(planned["time"])
     yield from _wrapped(_verdict(planned))
+    yield from _alternative_lines(planned["alternatives"])
 
 
 def compare_lines(compared: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -137,6 +138,23 @@ def _lever_lines(levers: list[Mapping[str, Any]]) -> Iterator[str]:
             text, WIDTH_CHARACTERS, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
         )
     yield ""
+
+
+def _alternative_lines(alternatives: list[Mapping[str, Any]]) -> Iterator[str]:
+    """What would fit instead."""
+    if not alternatives:
+        return
+    yield "what would fit:"
+    for alternative in alternatives:
+        settings = " ".join(f"--set {path}={value}" for path, value in alternative["settings"].items())
+        step = "" if alternative["step_s"] is None else f", {format_duration(alternative['step_s'])} a step"
+        yield f"  {settings}"
+        yield from textwrap.wrap(
+            f"{format_bytes(alternative['device_bytes'])} on the card{step}; {alternative['price']}",
+            WIDTH_CHARACTERS,
+            initial_indent="    ",
+            subsequent_indent="    ",
+        )
 
 
 def _trade(saves_bytes: int, costs_s: float) -> str:

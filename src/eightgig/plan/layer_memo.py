@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from eightgig.plan.layer_recording import LayerRecording, make_tensor, record_layer
+from eightgig.plan.layer_recording import LayerRecording, TensorShape, make_tensor, record_layer
 from eightgig.plan.layer_signature import Unlike, arguments_signature, module_signature
 from eightgig.plan.op_costs import OpCost
 from eightgig.plan.recorder import Ledger, Recorder
@@ -112,8 +112,8 @@ class _PlayedLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         recorder, recording, live = ctx.recorder, ctx.recording, ctx.live
-        for block, gradient in zip(recording.output_gradients, gradients, strict=True):
-            if gradient is not None and gradient._use_count() <= _OWN_REFERENCES:  # type: ignore[attr-defined]
+        for block, shape, gradient in zip(recording.output_gradients, recording.outputs, gradients, strict=True):
+            if gradient is not None and _is_ours_alone(gradient, shape):
                 taken = recorder.take_over(gradient)
                 if taken is not None:
                     live[block] = taken
@@ -134,7 +134,14 @@ class _PlayedLayer(torch.autograd.Function):
         return None, None, None, None, *[by_place.get(i) for i in range(len(recording.inputs))]
 
 
-def _hand_out(recorder: Recorder, shapes: Sequence[Any], live: dict[int, int]) -> list[Tensor]:
+def _is_ours_alone(gradient: Tensor, shape: TensorShape) -> bool:
+    """Whether `gradient` goes when the layer lets it go; one that others hold, or that is spread out, stays longer."""
+    if gradient.untyped_storage().nbytes() != shape.storage_bytes:
+        return False
+    return bool(gradient._use_count() <= _OWN_REFERENCES)  # type: ignore[attr-defined]
+
+
+def _hand_out(recorder: Recorder, shapes: Sequence[TensorShape], live: dict[int, int]) -> list[Tensor]:
     """Tensors of `shapes`; from here on their blocks are freed when they go."""
     tensors = []
     for shape in shapes:

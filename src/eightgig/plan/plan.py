@@ -12,7 +12,7 @@ from eightgig.memory.segments import expects_expandable_segments
 from eightgig.models.least_memory import CONTEXT_BYTES
 from eightgig.models.precision import DTYPES, Precision
 from eightgig.plan.allocator import AllocatorResult, AllocatorSettings, replay
-from eightgig.plan.card_rates import rates_of
+from eightgig.plan.card_rates import CardRates, rates_of
 from eightgig.plan.simulate import Simulation, simulate
 from eightgig.plan.step_time import PlannedTime, planned_time
 from eightgig.plan.workload import Workload, largest_workload, workload_sizes
@@ -60,6 +60,23 @@ class Lever:
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """Settings that fit where those asked for don't.
+
+    Attributes:
+        settings: path and value of each that differs.
+        device_bytes: the peak with them.
+        step_s: one optimizer step with them, None where it is not known.
+        price: what is given up, in words.
+    """
+
+    settings: Mapping[str, Any]
+    device_bytes: int
+    step_s: float | None
+    price: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run takes and whether it fits.
 
@@ -71,7 +88,8 @@ class Plan:
         phases: peak device bytes of loading, training and validation.
         workload: tokens, image tokens among them, of one planned micro-batch, and its samples.
         config: the settings that were planned.
-        levers: settings that save memory or time, as they were chosen.
+        levers: settings that save memory, and what each costs.
+        alternatives: where the run does not fit: settings that would, the smallest change first.
         time: None where the card's rates are not known.
     """
 
@@ -86,6 +104,7 @@ class Plan:
     workload: Mapping[str, Any]
     config: Mapping[str, Any]
     levers: tuple[Lever, ...] = ()
+    alternatives: tuple[Alternative, ...] = ()
     time: PlannedTime | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -100,6 +119,7 @@ def plan(
     *,
     reserve_bytes: int,
     workload: Workload | None = None,
+    rates: CardRates | None = None,
 ) -> Plan:
     """The plan of `config` on `gpu`.
 
@@ -112,6 +132,7 @@ def plan(
         gpu: the card; None plans without a limit.
         reserve_bytes: of the card's memory, kept free for its other users.
         workload: what each micro-batch holds; None: the largest samples that the settings let through.
+        rates: of the card, where it was measured; None: estimated from its data sheet.
 
     Raises:
         ConfigError: the configured image size does not suit the model.
@@ -119,10 +140,9 @@ def plan(
         UnsupportedModel, EnvironmentProblem: the model's processor can't be had.
     """
     work = workload if workload is not None else largest_workload(config, spec)
-    capability = gpu.compute_capability if gpu is not None and gpu.compute_capability is not None else AMPERE
-    simulation = simulate(config, spec, work, planned_precision(config, gpu), capability)
+    simulation = simulate(config, spec, work, planned_precision(config, gpu), capability_of(gpu))
     budget_bytes = None if gpu is None else gpu.vram_bytes - reserve_bytes
-    result, fits = _place(simulation, config, gpu, budget_bytes)
+    result, fits = place(simulation, config, gpu, budget_bytes)
     return Plan(
         model=spec.name,
         method=config.training.method.value,
@@ -134,12 +154,19 @@ def plan(
         phases=_phases(result),
         workload=workload_sizes(work),
         config=config.model_dump(mode="json"),
-        time=_time(simulation, config, gpu, work),
+        time=time_of(simulation, config, work, rates or card_rates(gpu)),
     )
 
 
-def _time(simulation: Simulation, config: TrainingConfig, gpu: GpuFacts | None, work: Workload) -> PlannedTime | None:
-    rates = None if gpu is None else rates_of(gpu)
+def card_rates(gpu: GpuFacts | None) -> CardRates | None:
+    """The rates that `gpu` is taken to have, None where they are not known."""
+    return None if gpu is None else rates_of(gpu)
+
+
+def time_of(
+    simulation: Simulation, config: TrainingConfig, work: Workload, rates: CardRates | None
+) -> PlannedTime | None:
+    """How long the simulated run takes, its micro-batches being those of `work`; None without `rates`."""
     if rates is None:
         return None
     return planned_time(
@@ -158,20 +185,28 @@ def allocator_settings(gpu: GpuFacts | None = None) -> AllocatorSettings:
     )
 
 
-def _place(
+def capability_of(gpu: GpuFacts | None) -> tuple[int, int]:
+    """The compute capability that `gpu` is planned with."""
+    return gpu.compute_capability if gpu is not None and gpu.compute_capability is not None else AMPERE
+
+
+def place(
     simulation: Simulation, config: TrainingConfig, gpu: GpuFacts | None, budget_bytes: int | None
 ) -> tuple[AllocatorResult, bool | None]:
-    """What the allocator makes of the run, and whether it stays below the card's budget and the config's cap."""
+    """What the allocator makes of the run, and whether it stays below the card's budget and the config's cap.
+
+    Without either limit the second is None.
+    """
     free = allocator_settings(gpu)
-    limits_bytes = [round(cap * GIB) for cap in [config.hardware.cap_gib] if cap is not None]
-    if budget_bytes is not None:
-        limits_bytes.append(max(budget_bytes - CONTEXT_BYTES, 0))
+    cap_gib = config.hardware.cap_gib
     result = replay(simulation.trace, replace(free, card_bytes=None))
-    if not limits_bytes:
+    if cap_gib is None and budget_bytes is None:
         return result, None
-    if result.peak_reserved_bytes <= min(limits_bytes):
+    cap_bytes = None if cap_gib is None else round(cap_gib * GIB)
+    limit_bytes = None if budget_bytes is None else max(budget_bytes - CONTEXT_BYTES, 0)
+    if result.peak_reserved_bytes <= min(limit for limit in (cap_bytes, limit_bytes) if limit is not None):
         return result, True
-    limited = replay(simulation.trace, replace(free, limit_bytes=min(limits_bytes)))
+    limited = replay(simulation.trace, replace(free, limit_bytes=limit_bytes, allowed_bytes=cap_bytes))
     return (result, False) if limited.out_of_memory is not None else (limited, True)
 
 

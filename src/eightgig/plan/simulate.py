@@ -50,6 +50,8 @@ class Simulation:
         adapters_bytes: trained parameters of adapters.
         gradients_bytes: of every trained parameter.
         optimizer_bytes: states on the GPU.
+        num_4bit_parameters: how many weights are stored in 4 bits.
+        num_trained_parameters: how many learn.
         micro_batch_costs: forward and backward pass of one micro-batch, each kind of operation with how often it runs.
         update_costs: clipping and the optimizer.
     """
@@ -60,6 +62,8 @@ class Simulation:
     adapters_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
+    num_4bit_parameters: int
+    num_trained_parameters: int
     micro_batch_costs: Mapping[OpCost, float]
     update_costs: Mapping[OpCost, float]
 
@@ -197,6 +201,8 @@ def _result(
         adapters_bytes=_bytes(trained) if has_adapters else 0,
         gradients_bytes=_bytes(trained),
         optimizer_bytes=_bytes(value for value in states if isinstance(value, torch.Tensor)),
+        num_4bit_parameters=sum(p.quant_state.shape.numel() for p in frozen if hasattr(p, "quant_state")),
+        num_trained_parameters=sum(parameter.numel() for parameter in trained),
         micro_batch_costs=micro_batch_costs,
         update_costs=update_costs,
     )

@@ -1,0 +1,237 @@
+"""Whether the settings that the planner's search chooses are the fastest that fit, and its longest text the longest.
+
+usage: python -m benchmarks.search_accuracy plan --out PLANS.json                       (no GPU)
+       python -m benchmarks.search_accuracy measure --plans PLANS.json --out RECORD.json
+
+The grid: activation checkpointing on and off, 1 to 8 samples at once of the 8 in a step; each on the GPU alone,
+without a cap, so that one measurement tells for every budget what fits. The longest text of each budget runs under it
+as the allocator's cap; one 5 % longer should run out of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.record import write_record
+
+from eightgig import registry
+from eightgig.config import ConfigPresets, TrainingConfig
+from eightgig.core.units import GIB
+from eightgig.models.adapters import attach_adapters
+from eightgig.models.least_memory import CONTEXT_BYTES
+from eightgig.models.load import LoadedModel, load_model
+from eightgig.models.precision import choose_precision
+from eightgig.plan.candidates import Candidates, with_changes
+from eightgig.plan.card_rates import attained
+from eightgig.plan.search import longest_fit, search
+from eightgig.plan.workload import largest_workload
+from eightgig.registry.gpus import GpuFacts, get_gpu
+from eightgig.step.build import build_compute, build_step, checkpoint_as_configured
+
+CARD = "H100 SXM"
+NUM_SAMPLES = 8
+LENGTH_STEP_TOKENS = 16
+LONGER = 1.05
+NUM_TIMED = 2
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model and the memory that PyTorch may take."""
+
+    model: str
+    cap_gib: float
+
+
+PAIRS = (
+    Pair("llava-1.5-7b", 7.25),
+    Pair("llava-1.5-7b", 11.0),
+    Pair("llava-1.5-7b", 30.0),
+    Pair("qwen3-vl-2b", 3.5),
+    Pair("qwen3-vl-2b", 7.25),
+    Pair("qwen3-vl-2b", 15.0),
+)
+GRID = [(checkpointing, batch) for checkpointing in (True, False) for batch in (1, 2, 4, 8)]
+
+
+def settings_of(model: str, **changes: Any) -> TrainingConfig:
+    """Preset ultra_low_memory, not bound to what it fixes, with `changes` by the paths' last names."""
+    config = ConfigPresets.ultra_low_memory(
+        overrides={
+            "model.name": model,
+            "model.random_weights_seed": 0,
+            "training.gradient_accumulation_steps": NUM_SAMPLES,
+        }
+    )
+    paths = {
+        "checkpointing": "hardware.gradient_checkpointing",
+        "batch": "training.batch_size",
+        "accumulation": "training.gradient_accumulation_steps",
+        "length": "data.max_length",
+        "cap_gib": "hardware.cap_gib",
+    }
+    changed = with_changes(config, {"preset": None, **{paths[name]: value for name, value in changes.items()}})
+    assert changed is not None
+    return changed
+
+
+def card_of(pair: Pair) -> GpuFacts:
+    """The measured card, with as much memory as the cap and the CUDA context take."""
+    return replace(get_gpu(CARD), vram_bytes=round(pair.cap_gib * GIB) + CONTEXT_BYTES)
+
+
+def plan_pair(pair: Pair) -> dict[str, Any]:
+    """What the search chooses, and the longest text that it says fits."""
+    started = time.perf_counter()
+    config, spec, card = settings_of(pair.model), registry.get(pair.model), card_of(pair)
+    rates, _ = attained()
+
+    def workload_of(variant: TrainingConfig) -> Any:
+        return largest_workload(variant, spec)
+
+    chosen = search(config, spec, card, reserve_bytes=0, fixed=(), workload_of=workload_of, rates=rates)
+    searched_s = time.perf_counter() - started
+    single = settings_of(pair.model, accumulation=1, cap_gib=pair.cap_gib)
+    candidates = Candidates(single, spec, get_gpu(CARD), get_gpu(CARD).vram_bytes, workload_of, rates)
+    lengths = range(LENGTH_STEP_TOKENS, 16 * 1024, LENGTH_STEP_TOKENS)
+
+    def fits(length: int) -> bool:
+        found = candidates.get({"data.max_length": length})
+        return found is not None and bool(found.fits)
+
+    row = {
+        "model": pair.model,
+        "cap_gib": pair.cap_gib,
+        "fits": chosen.fits,
+        "batch_size": chosen.config["training"]["batch_size"],
+        "checkpointing": chosen.config["hardware"]["gradient_checkpointing"],
+        "planned_step_s": None if chosen.time is None else chosen.time.step_s,
+        "search_s": searched_s,
+        "longest_tokens": longest_fit(lengths, fits),
+    }
+    print(row, flush=True)
+    return row
+
+
+class OnCard:
+    """One model on the GPU, on which settings are tried one after the other."""
+
+    def __init__(self, model: str) -> None:
+        self._device = torch.device("cuda")
+        config = settings_of(model)
+        self._spec = registry.get(model)
+        precision = choose_precision(config.hardware.mixed_precision, self._device)
+        self._loaded: LoadedModel = load_model(config, self._spec, self._device, precision)
+        attach_adapters(self._loaded, config)
+
+    def run(self, config: TrainingConfig) -> dict[str, Any]:
+        """Step time and peaks of `config`; `out_of_memory` where it does not fit the cap."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        total_bytes = torch.cuda.get_device_properties(self._device).total_memory
+        cap_gib = config.hardware.cap_gib
+        torch.cuda.set_per_process_memory_fraction(1.0 if cap_gib is None else cap_gib * GIB / total_bytes)
+        torch.cuda.reset_peak_memory_stats()
+        forwards = {layer: layer.forward for layer in self._spec.family.decoder_layers(self._loaded.model)}
+        checkpoint_as_configured(config, self._spec, self._loaded.model)
+        try:
+            return {"out_of_memory": False, "step_s": self._step_s(config)} | {
+                "reserved_bytes": torch.cuda.max_memory_reserved(),
+                "allocated_bytes": torch.cuda.max_memory_allocated(),
+            }
+        except torch.OutOfMemoryError:
+            return {"out_of_memory": True}
+        finally:
+            for layer in forwards:
+                vars(layer).pop("forward", None)
+            self._loaded.model.zero_grad(set_to_none=True)
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+    def _step_s(self, config: TrainingConfig) -> float:
+        batch = largest_workload(config, self._spec).batch.pin_memory()
+        compute = build_compute(config, self._device, self._loaded.precision)
+        step = build_step(config, self._spec, self._loaded.model, compute, num_steps=10)
+        micro_batches = [batch] * config.training.gradient_accumulation_steps
+        times = []
+        for _ in range(1 + NUM_TIMED):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            step(micro_batches, batch.num_target_tokens * len(micro_batches))
+            step.apply(step.finish_gradients())
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        return min(times[1:])
+
+
+def measure(plans: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each planned row beside the measured grid and the two lengths."""
+    rows = []
+    for model in dict.fromkeys(plan["model"] for plan in plans):
+        card = OnCard(model)
+        for plan in [plan for plan in plans if plan["model"] == model]:
+            rows.append({**plan, **_lengths(card, plan)})
+            print(rows[-1], flush=True)
+        grid = []
+        for checkpointing, batch in GRID:
+            config = settings_of(model, checkpointing=checkpointing, batch=batch, accumulation=NUM_SAMPLES // batch)
+            grid.append({"checkpointing": checkpointing, "batch_size": batch, **card.run(config)})
+            print(model, grid[-1], flush=True)
+        for row in rows:
+            if row["model"] == model:
+                row |= _verdict(row, grid)
+        del card
+    return rows
+
+
+def _lengths(card: OnCard, plan: Mapping[str, Any]) -> dict[str, Any]:
+    tokens = plan["longest_tokens"]
+    if tokens is None:
+        return {}
+    found = {}
+    for name, length in (("longest", tokens), ("longer", int(tokens * LONGER))):
+        config = settings_of(plan["model"], length=length, accumulation=1, cap_gib=plan["cap_gib"])
+        found[f"{name}_run"] = {"tokens": length, **card.run(config)}
+    return found
+
+
+def _verdict(row: Mapping[str, Any], grid: list[dict[str, Any]]) -> dict[str, Any]:
+    fitting = [each for each in grid if not each["out_of_memory"] and each["reserved_bytes"] <= row["cap_gib"] * GIB]
+    chosen = [
+        each
+        for each in fitting
+        if (each["checkpointing"], each["batch_size"]) == (row["checkpointing"], row["batch_size"])
+    ]
+    fastest = min(fitting, key=lambda each: each["step_s"], default=None)
+    result: dict[str, Any] = {"grid": grid, "fastest": fastest, "chosen_fits": bool(chosen)}
+    if chosen and fastest is not None:
+        result["slower_than_fastest"] = chosen[0]["step_s"] / fastest["step_s"] - 1
+    return result
+
+
+def main() -> None:
+    """Plan or measure, and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["plan", "measure"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--plans", type=Path)
+    arguments = parser.parse_args()
+    conditions = {"card": CARD, "num_samples": NUM_SAMPLES, "longer": LONGER}
+    if arguments.what == "plan":
+        write_record(
+            arguments.out, name="search_plans", figures={"pairs": [plan_pair(p) for p in PAIRS]}, conditions=conditions
+        )
+        return
+    plans = json.loads(arguments.plans.read_text())["figures"]["pairs"]
+    write_record(arguments.out, name="search_accuracy", figures={"pairs": measure(plans)}, conditions=conditions)
+
+
+if __name__ == "__main__":
+    main()

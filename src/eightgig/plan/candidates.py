@@ -1,0 +1,107 @@
+"""Variants of a run's settings, each simulated on the same fake model when it is first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from eightgig.config.loading import validated
+from eightgig.core.errors import ConfigError
+from eightgig.models.least_memory import CONTEXT_BYTES
+from eightgig.plan.allocator import AllocatorResult
+from eightgig.plan.card_rates import CardRates
+from eightgig.plan.plan import capability_of, place, planned_precision, time_of
+from eightgig.plan.simulate import Simulation, Simulator
+from eightgig.plan.step_time import PlannedTime
+from eightgig.plan.workload import Workload
+
+if TYPE_CHECKING:
+    from eightgig.config import TrainingConfig
+    from eightgig.registry import ModelSpec
+    from eightgig.registry.gpus import GpuFacts
+
+Changes = Mapping[str, Any]
+"""Paths of settings and the values they get."""
+
+WorkloadOf = Callable[["TrainingConfig"], Workload]
+"""Makes the largest micro-batch of some settings."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One variant. Its validation was not simulated.
+
+    Attributes:
+        fits: None without a limit.
+        time: None where the card's rates are not known.
+    """
+
+    config: TrainingConfig
+    work: Workload
+    simulation: Simulation
+    result: AllocatorResult
+    fits: bool | None
+    time: PlannedTime | None
+
+    @property
+    def device_bytes(self) -> int:
+        """Peak on the card."""
+        return self.result.peak_reserved_bytes + CONTEXT_BYTES
+
+
+class Candidates:
+    """Variants of `config` that share its model: method, adapters, precision and image size stay."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        spec: ModelSpec,
+        gpu: GpuFacts,
+        budget_bytes: int,
+        workload_of: WorkloadOf,
+        rates: CardRates | None,
+    ) -> None:
+        self.config = config
+        self.gpu = gpu
+        self.budget_bytes = budget_bytes
+        self.rates = rates
+        self._workload_of = workload_of
+        self._known: dict[tuple[tuple[str, Any], ...], Candidate | None] = {}
+        work = workload_of(config)
+        self._simulator = Simulator(config, spec, work.processor, planned_precision(config, gpu), capability_of(gpu))
+
+    def get(self, changes: Changes) -> Candidate | None:
+        """The variant with `changes`; None where they contradict settings that stay.
+
+        Raises:
+            UnsupportedModel: the model can't be planned.
+        """
+        key = tuple(sorted(changes.items()))
+        if key not in self._known:
+            self._known[key] = self._simulated(changes)
+        return self._known[key]
+
+    def _simulated(self, changes: Changes) -> Candidate | None:
+        config = with_changes(self.config, changes)
+        if config is None:
+            return None
+        work = self._workload_of(config)
+        simulation = self._simulator.run(config, work, validates=False)
+        result, fits = place(simulation, config, self.gpu, self.budget_bytes)
+        return Candidate(config, work, simulation, result, fits, time_of(simulation, config, work, self.rates))
+
+
+def with_changes(config: TrainingConfig, changes: Changes) -> TrainingConfig | None:
+    """`config` with `changes`; None where a rule of the configuration forbids them."""
+    values = config.model_dump(mode="json")
+    for path, value in changes.items():
+        *groups, name = path.split(".")
+        group = values
+        for each in groups:
+            group = group[each]
+        group[name] = value
+    try:
+        return validated(values, "plan")
+    except ConfigError:
+        return None
