@@ -2,12 +2,19 @@
 
 usage: python -m benchmarks.planned_runs predict --out RECORD.json [--only NAME ...]      (no GPU)
        python -m benchmarks.planned_runs measure --plans RECORD.json --work FOLDER --out RECORD.json [--part PART]
+       python -m benchmarks.planned_runs compare --measured RECORD.json ... --before RECORD.json --out RECORD.json
 
 Each run: full size, random weights, a fresh process, real PNG and JSONL, 3 optimizer steps, validation with an answer
 before and after, the result saved and proved in another fresh process. Every micro-batch is the largest that the
 settings let through, except where lengths are mixed. Runs go side by side as far as the card's memory allows.
 
-The blind runs were written down and planned before any run of this list was measured (docs/decisions/0005-planner.md).
+The blind runs were written down and planned before any run of this list was measured (docs/decisions/0005-planner.md):
+results/planned_runs_before.json. `compare` plans every measured run with the code as it is and sets it beside those.
+
+results/planned_runs_measured_*.json are records of `measure` less two things: runs that ended in an error (seven, whose
+settings the command refused; they were measured again), and the plans, of which only the size that the runs were put
+side by side by was real. The runs of BUILT_WITH_PRESET were started without naming settings, so they had this preset's;
+their pictures were of the model's own size.
 """
 
 from __future__ import annotations
@@ -18,19 +25,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.planned_comparison import comparison_row, figures_of, read_measured, sources
 from benchmarks.record import write_record
 from PIL import Image
 
 from eightgig import registry
+from eightgig.config import TrainingConfig
 from eightgig.config.loading import resolve, save_config
-from eightgig.core.units import GIB, MIB
+from eightgig.core.units import GIB
 from eightgig.plan.plan import plan
 from eightgig.plan.workload import QUESTION, WORD
 from eightgig.registry.gpus import get_gpu
@@ -48,12 +57,20 @@ TOWER_TOO = r".*\.(q_proj|k_proj|v_proj|o_proj|out_proj|qkv|fc1|fc2|gate_proj|up
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run: a model and what differs from the default settings; `mixes_lengths`: from 30 % of the longest text."""
+    """One run: a model and what differs from the settings of `preset` (None: from the defaults).
+
+    `mixes_lengths`: from 30 % of the longest text.
+    """
 
     name: str
     model: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     mixes_lengths: bool = False
+    preset: str | None = None
+
+    def config(self) -> TrainingConfig:
+        """Its settings."""
+        return resolve(self.preset, self.assignments()).config
 
     def assignments(self) -> dict[str, str]:
         """What `--set` is given."""
@@ -93,14 +110,11 @@ def _run(name: str, model: str, mixes_lengths: bool = False, **settings: Any) ->
     return PlannedRun(name, model, {places[key]: value for key, value in settings.items()}, mixes_lengths)
 
 
-BUILT = (
+BUILT_WITH_PRESET = (
     _run("llava-7b-256", "llava-1.5-7b", length=256),
     _run("llava-7b-512-batch-4", "llava-1.5-7b", batch=4),
     _run("llava-7b-2048-mixed", "llava-1.5-7b", True, length=2048, batch=2, accumulation=2),
-    _run("llava-7b-512-whole", "llava-1.5-7b", checkpointing=False),
     _run("llava-7b-fp16-rank-64", "llava-1.5-7b", precision="fp16", rank=64),
-    _run("llava-7b-tower", "llava-1.5-7b", targets=LLAVA_TOWER_TOO, rank=16),
-    _run("llava-7b-lora-16bit", "llava-1.5-7b", method="lora", batch=2),
     _run("llava-13b-512", "llava-1.5-13b"),
     _run("instructblip-512", "instructblip-vicuna-7b", rank=16),
     _run("qwen-vl-chat-1024", "qwen-vl-chat", length=1024),
@@ -109,19 +123,26 @@ BUILT = (
     _run("qwen2.5-vl-3b-batch-4", "qwen2.5-vl-3b", batch=4, px=448, rank=32),
     _run("qwen2-vl-2b-1024", "qwen2-vl-2b", length=1024, px=448),
     _run("qwen3-vl-4b-2048", "qwen3-vl-4b", length=2048, px=448, accumulation=2),
-    _run("qwen3-vl-2b-full", "qwen3-vl-2b", method="full", px=448),
-    _run("qwen3-vl-2b-whole-batch-4", "qwen3-vl-2b", checkpointing=False, batch=4, px=448),
     _run("qwen3.5-2b-512", "qwen3.5-2b", px=448),
     _run("gemma-3-4b-1024", "gemma-3-4b", length=1024),
     _run("gemma-3-4b-fp16-batch-2", "gemma-3-4b", precision="fp16", batch=2),
     _run("smolvlm2-2.2b-2048", "smolvlm2-2.2b", length=2048),
-    _run("smolvlm-256m-full", "smolvlm-256m", method="full", batch=2),
-    _run("smolvlm2-500m-lora", "smolvlm2-500m", method="lora", dropout=0.05, checkpointing=False),
     _run("internvl3.5-2b-512", "internvl3.5-2b"),
     _run("llava-onevision-0.5b-512", "llava-onevision-0.5b", batch=2),
     _run("paligemma2-3b-224-512", "paligemma2-3b-224", batch=2),
     _run("llama-3.2-11b-512", "llama-3.2-11b-vision"),
     _run("gemma-4-e2b-512", "gemma-4-e2b"),
+)
+
+BUILT = (
+    *(replace(run, preset="ultra_low_memory") for run in BUILT_WITH_PRESET),
+    _run("llava-7b-512-whole", "llava-1.5-7b", checkpointing=False),
+    _run("llava-7b-tower", "llava-1.5-7b", targets=LLAVA_TOWER_TOO, rank=16),
+    _run("llava-7b-lora-16bit", "llava-1.5-7b", method="lora", batch=2),
+    _run("qwen3-vl-2b-full", "qwen3-vl-2b", method="full", px=448),
+    _run("qwen3-vl-2b-whole-batch-4", "qwen3-vl-2b", checkpointing=False, batch=4, px=448),
+    _run("smolvlm-256m-full", "smolvlm-256m", method="full", batch=2),
+    _run("smolvlm2-500m-lora", "smolvlm2-500m", method="lora", dropout=0.05, checkpointing=False),
 )
 
 BLIND = (
@@ -147,12 +168,13 @@ BLIND = (
 def predict(run: PlannedRun) -> dict[str, Any]:
     """What the planner says of `run` on the card."""
     started = time.perf_counter()
-    config = resolve(None, run.assignments()).config
+    config = run.config()
     planned = plan(config, registry.get(run.model), get_gpu(CARD), reserve_bytes=0)
     peak = planned.peak
     return {
         "name": run.name,
         "model": run.model,
+        "preset": run.preset,
         "settings": dict(run.settings),
         "mixes_lengths": run.mixes_lengths,
         "num_tokens": planned.workload["num_tokens"],
@@ -167,7 +189,7 @@ def predict(run: PlannedRun) -> dict[str, Any]:
 def write_data(run: PlannedRun, folder: Path) -> tuple[Path, Path]:
     """Training and validation samples of `run`: square random pictures, texts that fill `data.max_length`."""
     folder.mkdir(parents=True)
-    config = resolve(None, run.assignments()).config
+    config = run.config()
     side_px = config.data.image_size or registry.get(run.model).facts.image_px
     generator = np.random.default_rng(0)
     batch = config.training.batch_size
@@ -215,7 +237,7 @@ def measure(run: PlannedRun, work: Path, share: CardShare, planned_bytes: int) -
     train, validation = write_data(run, work / f"{run.name}-data")
     folder = work / run.name
     settings = work / f"{run.name}.yaml"
-    save_config(resolve(None, run.assignments()).config, settings)
+    save_config(run.config(), settings)
     command = [sys.executable, "-m", "eightgig", "train", str(settings), "--data", str(train)]
     command += ["--run-folder", str(folder), "--set", f"data.val_path={validation}", "--max-steps", str(NUM_STEPS)]
     share.take(planned_bytes)
@@ -248,29 +270,39 @@ def measure(run: PlannedRun, work: Path, share: CardShare, planned_bytes: int) -
     }
 
 
-def compared(planned: Mapping[str, Any], measured: Mapping[str, Any], *, is_blind: bool) -> dict[str, Any]:
-    """One row: what was planned, what was measured, and how far they are apart."""
-    row = {**planned, "is_blind": is_blind, "measured": dict(measured)}
-    if "error" not in measured:
-        for kind in ("allocated", "reserved", "device"):
-            row[f"{kind}_error"] = planned[f"{kind}_bytes"] / measured[f"{kind}_bytes"] - 1
-        row["device_difference_mib"] = (planned["device_bytes"] - measured["device_bytes"]) / MIB
-    return row
+def compare(runs: Sequence[PlannedRun], measured: Sequence[Path], before: Path, out: Path) -> None:
+    """Plan each of `runs` that was measured, and write the record of both."""
+    taken = read_measured(measured)
+    said_before = {row["name"]: row for row in json.loads(before.read_text())["figures"]["runs"]}
+    blind = {run.name for run in BLIND}
+    rows = []
+    for run in runs:
+        if run.name in taken:
+            said = said_before[run.name] if run.name in blind else None
+            rows.append(comparison_row(predict(run), taken[run.name], said))
+            print(run.name, {kind: f"{error:+.2%}" for kind, error in rows[-1]["errors"].items()}, flush=True)
+    conditions = {"card": CARD, "num_steps": NUM_STEPS, "measured": sources(measured), "before": sources([before])}
+    write_record(out, name="planned_runs", figures=figures_of(rows), conditions=conditions)
 
 
 def main() -> None:
-    """Plan or measure, write the record, end badly where a run did."""
+    """Plan, measure or compare, write the record, end badly where a run did."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["predict", "measure"])
+    parser.add_argument("what", choices=["predict", "measure", "compare"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--plans", type=Path)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--part", choices=["built", "blind"])
     parser.add_argument("--at-once", type=int, default=8)
+    parser.add_argument("--measured", type=Path, nargs="+")
+    parser.add_argument("--before", type=Path)
     arguments = parser.parse_args()
     chosen = {"built": BUILT, "blind": BLIND, None: (*BUILT, *BLIND)}[arguments.part]
     runs = [run for run in chosen if not arguments.only or run.name in arguments.only]
+    if arguments.what == "compare":
+        compare(runs, arguments.measured, arguments.before, arguments.out)
+        return
     if arguments.what == "predict":
         rows = []
         for run in runs:
@@ -284,12 +316,9 @@ def main() -> None:
         measured = list(
             pool.map(lambda run: measure(run, arguments.work, share, plans[run.name]["device_bytes"]), runs)
         )
-    blind = {run.name for run in BLIND}
-    rows = [compared(plans[row["name"]], row, is_blind=row["name"] in blind) for row in measured]
+    rows = [{"name": row["name"], "measured": row} for row in measured if "error" not in row]
     conditions = {"num_steps": NUM_STEPS, "at_once": arguments.at_once, "part": arguments.part}
-    write_record(arguments.out, name="planned_runs", figures={"runs": rows}, conditions=conditions)
-    for row in rows:
-        print(row["name"], {key: round(value, 4) for key, value in row.items() if key.endswith("_error")}, flush=True)
+    write_record(arguments.out, name="planned_runs_measured", figures={"runs": rows}, conditions=conditions)
     failed = [row["name"] for row in measured if "error" in row]
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
