@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Fill the tables of README.md and README.zh-CN.md from the code and from `benchmarks/results/*.json`.
+"""Fill the tables of README.md, README.zh-CN.md and docs/reference/plan_accuracy.md from the code and from
+`benchmarks/results/*.json`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `presets` and `models` come from the code; any other
-NAME from the records whose `name` is NAME or begins with `NAME-` (`figure_rows` tells what becomes a row). A test fails
-where a README differs from what this script writes.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `presets` and `models` come from the code, those in
+PLANNED from the record of planned runs; any other NAME from the records whose `name` is NAME or begins with `NAME-`
+(`figure_rows` tells what becomes a row). A test fails where a page differs from what this script writes.
 
 usage: python scripts/readme_tables.py
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from safetensors import safe_open
 
 from eightgig import registry
 from eightgig.config import ConfigPresets
-from eightgig.core.units import format_bytes
+from eightgig.core.units import MIB, format_bytes
 from eightgig.report.wording import format_count, format_duration, format_share
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = {"README.md": False, "README.zh-CN.md": True, "docs/reference/plan_accuracy.md": False}
+"""Pages with tables -> whether they are in Chinese."""
 MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 CHINESE = {
@@ -61,10 +64,19 @@ CHINESE = {
     "precision": "精度",
     "tokens a step": "每步 token 数",
     "device used": "显卡占用",
-    "planned allocated": "规划已分配",
-    "planned reserved": "规划保留",
+    "run": "运行",
+    "tokens at once": "一次处理的 token 数",
     "error of allocated": "已分配误差",
     "error of reserved": "保留误差",
+    "error of device used": "显卡占用误差",
+    "runs": "运行组",
+    "allocated within 1 %": "已分配误差 1 % 以内",
+    "reserved within 3 %": "保留误差 3 % 以内",
+    "device used within 3 % or 100 MiB": "显卡占用误差 3 % 或 100 MiB 以内",
+    "worst": "最差",
+    "blind, planned before they were measured": "盲测，测量之前规划",
+    "blind, planned with today's code": "盲测，用当前代码规划",
+    "all, planned with today's code": "全部，用当前代码规划",
 }
 """What the tables say in English -> in Chinese. Every English word of a table must stand here."""
 
@@ -82,8 +94,6 @@ class Column:
             return "–"
         if self.key.startswith("exact_match"):
             return format_share(value)
-        if self.key.endswith("_error"):
-            return f"`{value:+.2%}`"
         if self.key.endswith("_gib"):
             return f"{value:.2f} GiB"
         if self.key.endswith("_bytes"):
@@ -106,12 +116,8 @@ COLUMNS = (
     Column("num_steps", "steps"),
     Column("num_tokens_a_step", "tokens a step"),
     Column("train_s", "training"),
-    Column("planned_allocated_gib", "planned allocated"),
     Column("peak_allocated_gib", "peak allocated"),
-    Column("allocated_error", "error of allocated"),
-    Column("planned_reserved_gib", "planned reserved"),
     Column("peak_reserved_gib", "peak reserved"),
-    Column("reserved_error", "error of reserved"),
     Column("device_used_gib", "device used"),
     Column("host_peak_rss_bytes", "peak RAM"),
     Column("tokens_per_s", "speed"),
@@ -136,6 +142,9 @@ def table_rows(name: str) -> list[list[str]]:
         return _preset_rows()
     if name == "models":
         return _model_rows()
+    if name in PLANNED:
+        record = json.loads((RESULTS / "planned_runs.json").read_text(encoding="utf-8"))
+        return PLANNED[name](record)
     return record_rows(read_records(name))
 
 
@@ -221,6 +230,130 @@ def _model_rows() -> list[list[str]]:
     return rows
 
 
+def summary_rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """How many planned runs are within the bars, and the worst error of each kind."""
+    bars = record["figures"]["bars"]
+    device_mib = bars["device_bytes"] // MIB
+    rows = [
+        [
+            "runs",
+            f"allocated within {100 * bars['allocated']:g} %",
+            "worst",
+            f"reserved within {100 * bars['reserved']:g} %",
+            "worst",
+            f"device used within {100 * bars['device']:g} % or {device_mib} MiB",
+            "worst",
+        ]
+    ]
+    for key, label in SUMMARIES.items():
+        told = record["figures"][key]
+        cells = (_close_and_worst(told, kind) for kind in KINDS)
+        rows.append([label, *(cell for pair in cells for cell in pair)])
+    return rows
+
+
+def worst_rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """The run with the worst error of each kind, by its name."""
+    rows = [["runs", "figure", "within the bar", "worst error", "of run"]]
+    for key, label in SUMMARIES.items():
+        told = record["figures"][key]
+        rows += [[label, KINDS[kind], *_close_and_worst(told, kind), f"`{told[kind]['worst_run']}`"] for kind in KINDS]
+    return rows
+
+
+def blind_rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """The blind runs: what they took, and how far off the plan was that was made before."""
+    errors = [heading for label in KINDS.values() for heading in (label, f"error of {label.removeprefix('peak ')}")]
+    rows = [["run", "tokens at once", *errors]]
+    for run in _planned_runs(record, is_blind=True):
+        cells = [f"`{run['name']}`", f"{run['num_tokens']:,}"]
+        for kind in KINDS:
+            cells += [format_bytes(run["measured"][f"{kind}_bytes"]), _error(run["before"], kind)]
+        rows.append(cells)
+    return rows
+
+
+def compared_rows(record: Mapping[str, Any], *, is_blind: bool) -> list[list[str]]:
+    """Each run with its settings: measured, planned with today's code, the errors; of blind ones those before too."""
+    heading = ["run", "model", "settings", "tokens at once"]
+    for label in KINDS.values():
+        heading += [label, "planned", "error", *(["error before"] if is_blind else [])]
+    rows = [heading]
+    for run in _planned_runs(record, is_blind=is_blind):
+        cells = [f"`{run['name']}`", f"`{run['model']}`", settings_in_words(run), f"{run['num_tokens']:,}"]
+        for kind in KINDS:
+            cells += [format_bytes(side[f"{kind}_bytes"]) for side in (run["measured"], run["planned"])]
+            cells += [_error(run, kind), *([_error(run["before"], kind)] if is_blind else [])]
+        rows.append(cells)
+    return rows
+
+
+def source_rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """Where each part of the record comes from: machine, versions, commit, day."""
+    sources = {**record["conditions"]["measured"], **record["conditions"]["before"], "planned_runs.json": record}
+    packages = list(record["versions"])
+    rows = [["record", "on", "date", "commit", *packages]]
+    for name, source in sources.items():
+        on = f"{source['device']['name']}{', no GPU' if source['device']['type'] == 'cpu' else ''}"
+        versions = (source["versions"].get(package) or "–" for package in packages)
+        rows.append([f"`{name}`", on, source["date"], f"`{source['commit'][:7]}`", *versions])
+    return rows
+
+
+def settings_in_words(run: Mapping[str, Any]) -> str:
+    """What differs from the default settings, or from the run's preset."""
+    words = [SETTINGS[path](value) for path, value in run["settings"].items()]
+    if run["mixes_lengths"]:
+        words.append("texts of mixed lengths")
+    if run["preset"] is not None:
+        words.append(f"else preset `{run['preset']}`")
+    return ", ".join(words) or "the defaults"
+
+
+def _planned_runs(record: Mapping[str, Any], *, is_blind: bool) -> list[Mapping[str, Any]]:
+    return [run for run in record["figures"]["runs"] if run["is_blind"] == is_blind]
+
+
+def _close_and_worst(told: Mapping[str, Any], kind: str) -> tuple[str, str]:
+    return f"{told[kind]['num_close']}/{told['num_runs']}", f"`{told[kind]['worst_error']:+.2%}`"
+
+
+def _error(said: Mapping[str, Any], kind: str) -> str:
+    return f"`{said['errors'][kind]:+.2%}`"
+
+
+KINDS = {"allocated": "peak allocated", "reserved": "peak reserved", "device": "device used"}
+SUMMARIES = {
+    "blind_before": "blind, planned before they were measured",
+    "blind_now": "blind, planned with today's code",
+    "all_now": "all, planned with today's code",
+}
+PLANNED: Mapping[str, Callable[[Mapping[str, Any]], list[list[str]]]] = {
+    "planned_summary": summary_rows,
+    "planned_worst": worst_rows,
+    "planned_blind": blind_rows,
+    "planned_blind_compared": lambda record: compared_rows(record, is_blind=True),
+    "planned_built_compared": lambda record: compared_rows(record, is_blind=False),
+    "planned_sources": source_rows,
+}
+"""Tables of `benchmarks/results/planned_runs.json`, which `benchmarks/planned_runs.py` writes."""
+METHODS = {"full": "every weight", "lora": "LoRA on 16-bit weights", "qlora": "QLoRA"}
+SETTINGS: Mapping[str, Callable[[Any], str]] = {
+    "data.max_length": lambda value: f"{value:,} text tokens",
+    "data.image_size": lambda value: f"{value} px",
+    "training.batch_size": lambda value: f"batch {value}",
+    "training.gradient_accumulation_steps": lambda value: f"{value} accumulated",
+    "training.lora.rank": lambda value: f"rank {value}",
+    "training.lora.dropout": lambda value: f"dropout {value:g}",
+    "training.lora.target_modules": lambda _: "adapters in the vision tower too",
+    "training.method": lambda value: METHODS[value],
+    "training.optimizer": lambda value: f"`{value}`",
+    "hardware.gradient_checkpointing": lambda value: f"{'' if value else 'no '}checkpointing",
+    "hardware.mixed_precision": lambda value: f"{value}",
+}
+"""The settings in which planned runs differ, in words."""
+
+
 def _count_parameters(folder: Path) -> int:
     """The parameters in the safetensors files of `folder`, by their headers."""
     counts = []
@@ -243,8 +376,9 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def main() -> None:
-    """Fill both READMEs."""
-    for path, chinese in ((ROOT / "README.md", False), (ROOT / "README.zh-CN.md", True)):
+    """Fill all pages."""
+    for name, chinese in PAGES.items():
+        path = ROOT / name
         path.write_text(fill(path.read_text(encoding="utf-8"), chinese=chinese), encoding="utf-8")
 
 

@@ -42,9 +42,17 @@ PLAN: dict[str, Any] = {
     "levers": [
         {"name": "chunked loss", "saves_bytes": 1 << 30, "costs_s": 0.125, "reason": "the logits would not fit"},
     ],
+    "alternatives": [],
     "time": {"step_s": 9.5, "epoch_s": 285.0, "tokens_per_s": 2362.1, "basis": "estimated from the card's data sheet"},
     "config": {},
 }
+ALTERNATIVE: dict[str, Any] = {
+    "settings": {"training.loss_chunk_tokens": 256, "data.max_length": 448},
+    "device_bytes": 13 << 28,
+    "step_s": 8.0,
+    "price": "texts are cut at 448 tokens",
+}
+"""What a plan that does not fit names instead."""
 RECEIPT_ROWS: tuple[dict[str, Any], ...] = (
     {"group": "language linears", "module_class": "Linear4bit", "num_modules": 224, "num_trainable": 0}
     | {"num_parameters": 6_476_005_376, "storage_dtype": "uint8", "is_4bit": True}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_events import PLAN, Calls, run
+from cli_events import ALTERNATIVE, PLAN, Calls, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,6 +66,18 @@ def test_what_does_not_fit_goes_beyond_the_budget() -> None:
     half = 18  # of the 37 columns that the whole bar takes
     assert f"4-bit weights                6.00 GiB  {'█' * half}│{'█' * 15}" in lines
     assert lines[-1] == "does not fit: RTX 4060, 3.25 GiB of it for this run"
+
+
+def test_what_would_fit_instead_is_said_with_its_price() -> None:
+    unfit = WITHOUT_DATA | {"fits": False, "budget_bytes": 13 << 28}
+    lines = list(plan_lines(unfit | {"alternatives": [ALTERNATIVE, ALTERNATIVE | {"step_s": None}]}))
+    assert lines[lines.index("what would fit:") :] == [
+        "what would fit:",
+        "  --set training.loss_chunk_tokens=256 --set data.max_length=448",
+        "    3.25 GiB on the card, 8.0 s a step; texts are cut at 448 tokens",
+        "  --set training.loss_chunk_tokens=256 --set data.max_length=448",
+        "    3.25 GiB on the card; texts are cut at 448 tokens",
+    ]
 
 
 def test_without_a_card_a_plan_says_how_to_name_one() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_events import PLAN
+from cli_events import ALTERNATIVE, PLAN
 from tests.tiny import build_tiny_llava, write_llava_jsonl
 
 from eightgig.app.card_wanted import CardWanted
@@ -80,4 +80,5 @@ def test_the_settings_of_a_plan_are_settings(planned: dict[str, Any]) -> None:
 
 
 def test_the_stand_in_of_the_other_tests_is_shaped_like_a_plan(planned: dict[str, Any]) -> None:
-    assert set(keys_of(PLAN)) == set(keys_of(planned)) | {"workload.data.notes[]"}
+    stand_in = PLAN | {"alternatives": [ALTERNATIVE]}
+    assert set(keys_of(stand_in)) == set(keys_of(planned)) | {"workload.data.notes[]"}

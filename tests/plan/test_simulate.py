@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+import benchmarks.planned_runs
 import pytest
 import torch
-from benchmarks.plan_accuracy import MEASURED, predict, read_samples, write_data
+from benchmarks.planned_comparison import comparison_row, read_measured
+from benchmarks.planned_runs import BUILT, predict
 from tests.tiny import build_tiny_llava
 
 from eightgig.config import MixedPrecision, TrainingConfig
@@ -23,6 +24,7 @@ from eightgig.plan.workload import largest_workload
 from eightgig.registry import ModelSpec, resolve
 from eightgig.step.build import build_compute, build_step
 
+MEASURED = Path(benchmarks.planned_runs.__file__).parent / "results" / "planned_runs_measured_built.json"
 CARD = (8, 6)
 FP32 = Precision(compute_dtype=torch.float32, mixed_precision=MixedPrecision.FP32, note=None)
 
@@ -90,10 +92,10 @@ def test_fake_tensors_take_what_real_ones_take(checkpointing: bool, tmp_path: Pa
     assert growth_of_training(simulated.trace) == growth_of_training(real_trace(config, spec))
 
 
-@pytest.mark.parametrize("model", ["smolvlm2-2.2b", "qwen-vl-chat"])
-def test_it_says_what_a_gpu_took(model: str, tmp_path: Path) -> None:
-    runs = json.loads(MEASURED.read_text())["figures"]["runs"]
-    run = next(run for run in runs if (run["model"], run["precision"]) == (model, "bf16"))
-    row = predict(run, read_samples(write_data(tmp_path / "data")))
-    assert abs(row["allocated_error"]) < 0.01
-    assert abs(row["reserved_error"]) < 0.03
+@pytest.mark.parametrize("name", ["smolvlm2-2.2b-2048", "qwen2-vl-2b-1024"])
+def test_it_says_what_a_gpu_took(name: str) -> None:
+    measured = read_measured([MEASURED])[name]
+    row = comparison_row(predict(next(run for run in BUILT if run.name == name)), measured, None)
+    assert row["num_tokens"] == measured["num_tokens"]
+    assert abs(row["errors"]["allocated"]) < 0.01
+    assert abs(row["errors"]["reserved"]) < 0.03
