@@ -39,6 +39,9 @@ PLAN: dict[str, Any] = {
             "notes": ["pictures were measured by their headers; training decodes every one before it begins"],
         },
     },
+    "alternatives": [
+        {"settings": {"data.max_length": 384}, "device_bytes": 6 * GIB, "step_s": 3.5, "price": "texts are cut"},
+    ],
     "levers": [
         {"name": "chunked loss", "saves_bytes": 1 << 30, "costs_s": 0.125, "reason": "the logits would not fit"},
     ],

@@ -19,10 +19,12 @@ from eightgig.core.errors import UnsupportedModel
 from eightgig.evaluate.generate import generate_answers
 from eightgig.evaluate.loss import validation_loss
 from eightgig.models.precision import Precision
+from eightgig.plan.categories import GRADIENTS, OPTIMIZER, OTHER
 from eightgig.plan.cuda_rules import CudaRules
 from eightgig.plan.fake_model import CPU, CUDA, build_fake
 from eightgig.plan.layer_memo import LayerMemo
 from eightgig.plan.op_costs import OpCost
+from eightgig.plan.parts import label_weights, tell_parts
 from eightgig.plan.recorder import Recorder
 from eightgig.plan.trace import MemoryTrace
 from eightgig.plan.workload import Workload
@@ -46,9 +48,7 @@ class Simulation:
 
     Attributes:
         trace: with the phases load, validate, train and validate.
-        weights_4bit_bytes, weights_16bit_bytes: frozen parameters; of full fine-tuning, trained ones are among them.
-        adapters_bytes: trained parameters of adapters.
-        gradients_bytes: of every trained parameter.
+        weights_4bit_bytes: with their scales.
         optimizer_bytes: states on the GPU.
         num_4bit_parameters: how many weights are stored in 4 bits.
         num_trained_parameters: how many learn.
@@ -58,9 +58,6 @@ class Simulation:
 
     trace: MemoryTrace
     weights_4bit_bytes: int
-    weights_16bit_bytes: int
-    adapters_bytes: int
-    gradients_bytes: int
     optimizer_bytes: int
     num_4bit_parameters: int
     num_trained_parameters: int
@@ -95,6 +92,8 @@ class Simulator:
         self._loading.mark("load")
         self._recorder = Recorder(self._loading, CudaRules(compute_capability))
         self._model = build_fake(config, spec, processor, precision, self._recorder)
+        label_weights(self._model, self._recorder)
+        tell_parts(self._model, spec, self._recorder)
 
     def run(self, config: TrainingConfig, work: Workload, *, validates: bool = True) -> Simulation:
         """Simulate `config` with the batch of `work` as every micro-batch; `validates`: before and after training too.
@@ -141,13 +140,16 @@ class Simulator:
                 self._recorder.costs = micro_batches if is_last else None
                 step([work.batch] * num_micro_batches, work.batch.num_target_tokens)
                 self._recorder.costs = update if is_last else None
+                self._recorder.category = OTHER
+                self._recorder.label((parameter.grad for parameter in step.trainable.values()), GRADIENTS)
                 step.apply(step.finish_gradients())
+                self._recorder.label(_states(step), OPTIMIZER)
             self._recorder.costs = None
             if validates:
                 trace.mark("validate")
                 self._validate(work, compute)
         costs = {cost: count / num_micro_batches for cost, count in micro_batches.items()}
-        return _result(trace, model, step, costs, update, has_adapters=config.training.lora is not None)
+        return _result(trace, model, step, costs, update)
 
     def _validate(self, work: Workload, compute: Compute) -> None:
         """A run's validation: the loss over a batch, and the first token of an answer to its prompts."""
@@ -187,25 +189,23 @@ def _result(
     step: TrainingStep,
     micro_batch_costs: Mapping[OpCost, float],
     update_costs: Mapping[OpCost, float],
-    *,
-    has_adapters: bool,
 ) -> Simulation:
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     trained = list(step.trainable.values())
-    states = [value for state in step.optimizer.state.values() for value in state.values()]
     return Simulation(
         trace=trace,
         weights_4bit_bytes=sum(_quantised_bytes(parameter) for parameter in frozen),
-        weights_16bit_bytes=_bytes(p for p in frozen if not hasattr(p, "quant_state"))
-        + (0 if has_adapters else _bytes(trained)),
-        adapters_bytes=_bytes(trained) if has_adapters else 0,
-        gradients_bytes=_bytes(trained),
-        optimizer_bytes=_bytes(value for value in states if isinstance(value, torch.Tensor)),
+        optimizer_bytes=_bytes(_states(step)),
         num_4bit_parameters=sum(p.quant_state.shape.numel() for p in frozen if hasattr(p, "quant_state")),
         num_trained_parameters=sum(parameter.numel() for parameter in trained),
         micro_batch_costs=micro_batch_costs,
         update_costs=update_costs,
     )
+
+
+def _states(step: TrainingStep) -> list[torch.Tensor]:
+    states = (value for state in step.optimizer.state.values() for value in state.values())
+    return [state for state in states if isinstance(state, torch.Tensor)]
 
 
 def _bytes(tensors: Any) -> int:
