@@ -17,6 +17,7 @@ from eightgig.core.errors import UnsupportedModel
 from eightgig.evaluate.generate import generate_answers
 from eightgig.evaluate.loss import validation_loss
 from eightgig.models.precision import Precision
+from eightgig.plan.cuda_functions import fuse_dropout
 from eightgig.plan.cuda_rules import CudaRules
 from eightgig.plan.fake_model import CPU, CUDA, build_fake
 from eightgig.plan.layer_memo import LayerMemo
@@ -113,6 +114,7 @@ class Simulator:
 
     def _run(self, config: TrainingConfig, work: Workload, trace: MemoryTrace, *, validates: bool) -> Simulation:
         model, spec = self._model, self._spec
+        fuse_dropout(model)
         checkpoint_as_configured(config, spec, model)
         if self._remembers_layers:
             LayerMemo(self._recorder).wrap(model)
