@@ -14,12 +14,14 @@ from torch._subclasses.fake_tensor import (
 )
 
 from eightgig.core.errors import UnsupportedModel
-from eightgig.evaluate.generate import generate_answers
+from eightgig.data.collate import collate
+from eightgig.evaluate.generate import answer_batch, first_exchange
 from eightgig.evaluate.loss import validation_loss
 from eightgig.models.precision import Precision
 from eightgig.plan.cuda_functions import fuse_dropout
 from eightgig.plan.cuda_rules import CudaRules
 from eightgig.plan.fake_model import CPU, CUDA, build_fake
+from eightgig.plan.host_memory import HostBatch, keep_paged_states_on_host
 from eightgig.plan.layer_memo import LayerMemo
 from eightgig.plan.recorder import Recorder
 from eightgig.plan.trace import MemoryTrace
@@ -120,6 +122,8 @@ class Simulator:
             LayerMemo(self._recorder).wrap(model)
         compute = replace(build_compute(config, CUDA, self._precision), device=CPU)
         step = build_step(config, spec, model, compute, num_steps=NUM_STEPS, optimizer_device=CUDA)
+        keep_paged_states_on_host(step.optimizer, self._recorder)
+        batch = HostBatch.of(work.batch)
         num_micro_batches = min(config.training.gradient_accumulation_steps, MAX_MICRO_BATCHES)
         with self._recorder:
             if validates:
@@ -127,26 +131,23 @@ class Simulator:
                 self._validate(work, compute)
             for _ in range(NUM_STEPS):
                 trace.mark("train")
-                step([work.batch] * num_micro_batches, work.batch.num_target_tokens)
+                step([batch] * num_micro_batches, batch.num_target_tokens)
                 step.apply(step.finish_gradients())
             if validates:
                 trace.mark("validate")
                 self._validate(work, compute)
-        return _result(trace, model, step, has_adapters=config.training.lora is not None)
+        return _result(trace, self._recorder, model, step, has_adapters=config.training.lora is not None)
 
     def _validate(self, work: Workload, compute: Compute) -> None:
         """A run's validation: the loss over a batch, and the first token of an answer to its prompts."""
-        validation_loss(self._model, self._spec.family, [work.batch], compute)
+        validation_loss(self._model, self._spec.family, [HostBatch.of(work.batch)], compute)
         if work.num_generated:
+            encoder = work.encoder
+            with self._recorder.paused():  # prompts are encoded on the host
+                prompts = [encoder.encode_prompt(first_exchange(s)[0]) for s in work.samples[: work.num_generated]]
+                batch = collate(prompts, encoder.pad_token_id, encoder.image_layout)
             self._recorder.flag = True  # every answer ends with its first token
-            generate_answers(
-                self._model,
-                work.encoder,
-                work.samples[: work.num_generated],
-                compute,
-                batch_size=len(work.samples),
-                max_new_tokens=1,
-            )
+            answer_batch(self._model, encoder, HostBatch.of(batch), compute, max_new_tokens=1)
             self._recorder.flag = False
 
 
@@ -166,10 +167,14 @@ def simulate(
     return simulator.run(config, work)
 
 
-def _result(trace: MemoryTrace, model: nn.Module, step: TrainingStep, *, has_adapters: bool) -> Simulation:
+def _result(
+    trace: MemoryTrace, recorder: Recorder, model: nn.Module, step: TrainingStep, *, has_adapters: bool
+) -> Simulation:
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     trained = list(step.trainable.values())
-    states = [value for state in step.optimizer.state.values() for value in state.values()]
+    states = [
+        value for state in step.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+    ]
     return Simulation(
         trace=trace,
         weights_4bit_bytes=sum(_quantised_bytes(parameter) for parameter in frozen),
@@ -177,7 +182,7 @@ def _result(trace: MemoryTrace, model: nn.Module, step: TrainingStep, *, has_ada
         + (0 if has_adapters else _bytes(trained)),
         adapters_bytes=_bytes(trained) if has_adapters else 0,
         gradients_bytes=_bytes(trained),
-        optimizer_bytes=_bytes(value for value in states if isinstance(value, torch.Tensor)),
+        optimizer_bytes=_bytes(state for state in states if recorder.block_of(state) is not None),
     )
 
 
