@@ -40,7 +40,7 @@ PLAN: dict[str, Any] = {
         },
     },
     "alternatives": [
-        {"settings": {"data.max_length": 384}, "device_bytes": 6 * GIB, "step_s": 3.5, "price": "texts are cut"},
+        {"settings": {"data.max_length": 384}, "device_bytes": 6_442_450_944, "step_s": 3.5, "price": "texts are cut"},
     ],
     "levers": [
         {"name": "chunked loss", "saves_bytes": 1 << 30, "costs_s": 0.125, "reason": "the logits would not fit"},

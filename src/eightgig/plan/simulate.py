@@ -16,12 +16,15 @@ from torch._subclasses.fake_tensor import (
 )
 
 from eightgig.core.errors import UnsupportedModel
-from eightgig.evaluate.generate import generate_answers
+from eightgig.data.collate import collate
+from eightgig.evaluate.generate import answer_batch, first_exchange
 from eightgig.evaluate.loss import validation_loss
 from eightgig.models.precision import Precision
 from eightgig.plan.categories import GRADIENTS, OPTIMIZER, OTHER
+from eightgig.plan.cuda_functions import fuse_dropout
 from eightgig.plan.cuda_rules import CudaRules
 from eightgig.plan.fake_model import CPU, CUDA, build_fake
+from eightgig.plan.host_memory import HostBatch, keep_paged_states_on_host
 from eightgig.plan.layer_memo import LayerMemo
 from eightgig.plan.op_costs import OpCost
 from eightgig.plan.parts import label_weights, tell_parts
@@ -123,11 +126,14 @@ class Simulator:
 
     def _run(self, config: TrainingConfig, work: Workload, trace: MemoryTrace, *, validates: bool) -> Simulation:
         model, spec = self._model, self._spec
+        fuse_dropout(model)
         checkpoint_as_configured(config, spec, model)
         if self._remembers_layers:
             LayerMemo(self._recorder).wrap(model)
         compute = replace(build_compute(config, CUDA, self._precision), device=CPU)
         step = build_step(config, spec, model, compute, num_steps=NUM_STEPS, optimizer_device=CUDA)
+        keep_paged_states_on_host(step.optimizer, self._recorder)
+        batch = HostBatch.of(work.batch)
         num_micro_batches = min(config.training.gradient_accumulation_steps, MAX_MICRO_BATCHES)
         micro_batches, update = Counter[OpCost](), Counter[OpCost]()
         with self._recorder:
@@ -138,7 +144,7 @@ class Simulator:
                 is_last = index == NUM_STEPS - 1  # the one whose costs are those of all later ones
                 trace.mark("train")
                 self._recorder.costs = micro_batches if is_last else None
-                step([work.batch] * num_micro_batches, work.batch.num_target_tokens)
+                step([batch] * num_micro_batches, batch.num_target_tokens)
                 self._recorder.costs = update if is_last else None
                 self._recorder.category = OTHER
                 self._recorder.label((parameter.grad for parameter in step.trainable.values()), GRADIENTS)
@@ -149,21 +155,18 @@ class Simulator:
                 trace.mark("validate")
                 self._validate(work, compute)
         costs = {cost: count / num_micro_batches for cost, count in micro_batches.items()}
-        return _result(trace, model, step, costs, update)
+        return _result(trace, self._recorder, model, step, costs, update)
 
     def _validate(self, work: Workload, compute: Compute) -> None:
         """A run's validation: the loss over a batch, and the first token of an answer to its prompts."""
-        validation_loss(self._model, self._spec.family, [work.batch], compute)
+        validation_loss(self._model, self._spec.family, [HostBatch.of(work.batch)], compute)
         if work.num_generated:
+            encoder = work.encoder
+            with self._recorder.paused():  # prompts are encoded on the host
+                prompts = [encoder.encode_prompt(first_exchange(s)[0]) for s in work.samples[: work.num_generated]]
+                batch = collate(prompts, encoder.pad_token_id, encoder.image_layout)
             self._recorder.flag = True  # every answer ends with its first token
-            generate_answers(
-                self._model,
-                work.encoder,
-                work.samples[: work.num_generated],
-                compute,
-                batch_size=len(work.samples),
-                max_new_tokens=1,
-            )
+            answer_batch(self._model, encoder, HostBatch.of(batch), compute, max_new_tokens=1)
             self._recorder.flag = False
 
 
@@ -185,6 +188,7 @@ def simulate(
 
 def _result(
     trace: MemoryTrace,
+    recorder: Recorder,
     model: nn.Module,
     step: TrainingStep,
     micro_batch_costs: Mapping[OpCost, float],
@@ -195,7 +199,7 @@ def _result(
     return Simulation(
         trace=trace,
         weights_4bit_bytes=sum(_quantised_bytes(parameter) for parameter in frozen),
-        optimizer_bytes=_bytes(_states(step)),
+        optimizer_bytes=_bytes(state for state in _states(step) if recorder.block_of(state) is not None),
         num_4bit_parameters=sum(p.quant_state.shape.numel() for p in frozen if hasattr(p, "quant_state")),
         num_trained_parameters=sum(parameter.numel() for parameter in trained),
         micro_batch_costs=micro_batch_costs,
