@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_of_several_cards_pytorch_names_the_first(monkeypatch: pytest.MonkeyPatc
     show_torch(monkeypatch, SimpleNamespace(name="NVIDIA GeForce RTX 3090", total_memory=24 * GIB, major=8, minor=6))
     found = card_at_hand()
     assert found is not None
-    assert found.gpu == get_gpu("RTX 3090")
+    assert found.gpu == replace(get_gpu("RTX 3090"), vram_bytes=24 * GIB, vram_basis="as CUDA reports it")
 
 
 def test_a_card_outside_the_table_is_taken_as_pytorch_describes_it(monkeypatch: pytest.MonkeyPatch) -> None:

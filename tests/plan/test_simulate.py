@@ -16,7 +16,8 @@ from eightgig.memory.checkpointing import checkpoint_layers
 from eightgig.models.adapters import attach_adapters
 from eightgig.models.load import load_model
 from eightgig.models.precision import Precision
-from eightgig.plan.cuda_rules import CudaRules
+from eightgig.plan.cuda_rules import LT_WORKSPACE_BYTES, WORKSPACE_BYTES, CudaRules
+from eightgig.plan.host_memory import HostBatch
 from eightgig.plan.recorder import Recorder
 from eightgig.plan.simulate import simulate
 from eightgig.plan.trace import FREED, MemoryTrace
@@ -57,7 +58,7 @@ def real_trace(config: TrainingConfig, spec: ModelSpec) -> MemoryTrace:
     if config.hardware.gradient_checkpointing:
         checkpoint_layers(loaded.model, spec.family.decoder_layers(loaded.model), preserve_rng_state=False)
     step = build_step(config, spec, loaded.model, build_compute(config, device, FP32), num_steps=2)
-    batch = largest_workload(config, spec).batch
+    batch = HostBatch.of(largest_workload(config, spec).batch)
     trace = MemoryTrace()
     recorder = Recorder(trace, CudaRules(CARD))
     with recorder:
@@ -90,6 +91,27 @@ def test_fake_tensors_take_what_real_ones_take(checkpointing: bool, tmp_path: Pa
     spec = resolve(config.model.name)
     simulated = simulate(config, spec, largest_workload(config, spec), FP32, CARD)
     assert growth_of_training(simulated.trace) == growth_of_training(real_trace(config, spec))
+
+
+def test_of_a_validation_only_the_workspaces_stay(tmp_path: Path) -> None:
+    config = TrainingConfig.model_validate(
+        {
+            "model": {"name": str(build_tiny_llava(tmp_path / "model", image_px=32))},
+            "data": {"max_length": 48},
+            "training": {"batch_size": 3, "gradient_accumulation_steps": 1},
+            "validation": {"num_generated": 1},
+        }
+    )
+    spec = resolve(config.model.name)
+    trace = simulate(config, spec, largest_workload(config, spec), FP32, CARD).trace
+    first, end = next((first, end) for name, first, end in trace.phases() if name == "validate")
+    live: dict[int, int] = {}
+    for block, size in list(trace)[first:end]:
+        if size == FREED:
+            live.pop(block)
+        else:
+            live[block] = size
+    assert set(live.values()) <= {WORKSPACE_BYTES, LT_WORKSPACE_BYTES}
 
 
 @pytest.mark.parametrize("name", ["smolvlm2-2.2b-2048", "qwen2-vl-2b-1024"])

@@ -14,6 +14,7 @@ from eightgig.plan.allocator import AllocatorResult, AllocatorSettings, replay
 from eightgig.plan.card_rates import rates_of
 from eightgig.plan.cuda_rules import HOPPER
 from eightgig.plan.plan import AMPERE, allocator_settings, planned_precision
+from eightgig.plan.search import longest_fit
 from eightgig.plan.simulate import Simulator, simulate
 from eightgig.plan.step_time import planned_time
 from eightgig.plan.trace import MemoryTrace
@@ -222,21 +223,6 @@ def matrix(
         cells=tuple(cells),
         left_out=tuple(left_out),
     )
-
-
-def longest_fit(lengths: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """The last of the ascending `lengths` that fits, None if none does; what fits must fit at every shorter length.
-
-    Asks at most ceil(log2(number of lengths + 1)) times.
-    """
-    first, end = 0, len(lengths)  # all before `first` fit, none from `end` on
-    while first < end:
-        middle = (first + end) // 2
-        if fits(lengths[middle]):
-            first = middle + 1
-        else:
-            end = middle
-    return lengths[first - 1] if first else None
 
 
 def lengths_of(spec: ModelSpec) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from eightgig.data.batch import EncodedSample
+from eightgig.data.batch import EncodedSample, MicroBatch
 from eightgig.data.collate import collate
 from eightgig.data.encode import Encoder
 from eightgig.data.sample import Message, Sample, images_of
@@ -72,8 +72,16 @@ def answer_prompts(
     model: Any, encoder: Encoder, prompts: Sequence[EncodedSample], compute: Compute, *, max_new_tokens: int
 ) -> list[str]:
     """Greedy answers to `prompts`, which must all have the same number of tokens; leaves the model's mode as found."""
+    batch = collate(prompts, encoder.pad_token_id, encoder.image_layout)
+    return answer_batch(model, encoder, batch, compute, max_new_tokens=max_new_tokens)
+
+
+def answer_batch(
+    model: Any, encoder: Encoder, batch: MicroBatch, compute: Compute, *, max_new_tokens: int
+) -> list[str]:
+    """Greedy answers to the prompts of `batch`, which has no padding; leaves the model's mode as found."""
     tokenizer = encoder.tokenizer
-    batch = collate(prompts, encoder.pad_token_id, encoder.image_layout).to(compute.device, compute.input_dtype)
+    batch = batch.to(compute.device, compute.input_dtype)
     was_training = model.training
     model.eval()
     with torch.no_grad(), compute.autocast():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from eightgig.core.units import MIB
+from eightgig.plan.categories import DEQUANTISED, LAYER_AT_WORK
 
 if TYPE_CHECKING:
     from eightgig.plan.recorder import Ledger
@@ -52,7 +53,7 @@ class CudaRules:
             taken = self._dequantised(args, keywords, ledger)
         yield
         if func is _ATTENTION_BACKWARD:
-            taken.append(ledger.alloc(_attention_workspace_bytes(args)))
+            taken.append(ledger.alloc(_attention_workspace_bytes(args), LAYER_AT_WORK))
         for block in reversed(taken):
             ledger.free(block)
 
@@ -72,8 +73,8 @@ class CudaRules:
         num_parameters = num_rows * num_columns
         taken = []
         if _given(args, keywords, _NESTED_SCALES):
-            taken += [ledger.alloc(num_parameters // blocksize * SCALE_BYTES) for _ in range(2)]
-        return [*taken, ledger.alloc(num_parameters * inputs.element_size())]
+            taken += [ledger.alloc(num_parameters // blocksize * SCALE_BYTES, DEQUANTISED) for _ in range(2)]
+        return [*taken, ledger.alloc(num_parameters * inputs.element_size(), DEQUANTISED)]
 
 
 def _given(args: tuple[Any, ...], keywords: Mapping[str, Any], argument: tuple[int, str]) -> bool:

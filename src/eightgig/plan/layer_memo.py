@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from eightgig.plan.categories import KEPT_FOR_BACKWARD, LAYER_AT_WORK, LAYER_OUTPUTS, OTHER
 from eightgig.plan.layer_recording import LayerRecording, TensorShape, make_tensor, record_layer
 from eightgig.plan.layer_signature import Unlike, arguments_signature, module_signature
 from eightgig.plan.op_costs import OpCost
@@ -47,17 +48,28 @@ class LayerMemo:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             # Autocast keeps cast weights beyond the layer. A layer within a recorded one is on its tape.
             if self._is_recording or torch.is_autocast_enabled("cpu"):
-                return forward(*args, **kwargs)
+                return self._untaped(forward, args, kwargs)
             leaves, structure = tree_flatten((args, kwargs))
             try:
                 key = (module_signature(layer), arguments_signature(leaves), structure, torch.is_grad_enabled())
             except Unlike:
-                return forward(*args, **kwargs)
+                return self._untaped(forward, args, kwargs)
             if key not in self._recordings:
                 self._recordings[key] = self._record(layer, forward, leaves, structure)
             return self._play(self._recordings[key], layer, leaves)
 
         return wrapped
+
+    def _untaped(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The layer itself; where its backward pass begins, the loss's has ended."""
+        output = forward(*args, **kwargs)
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad and not self._is_recording:
+                tensor.register_hook(self._leave_loss)  # type: ignore[no-untyped-call]
+        return output
+
+    def _leave_loss(self, gradient: Tensor) -> None:
+        self.recorder.category = OTHER
 
     def _record(
         self, layer: nn.Module, forward: Callable[..., Any], leaves: Sequence[Any], structure: Any
@@ -76,7 +88,8 @@ class LayerMemo:
             outputs = _PlayedLayer.apply(self.recorder, recording, layer, anchor, *tensors)  # type: ignore[no-untyped-call]
         else:
             live: dict[int, int] = {}
-            play(recording.forward, self.recorder.ledger, live, _ignore)
+            category = self.recorder.category if self.recorder.category != OTHER else LAYER_AT_WORK
+            play(recording.forward, self.recorder.ledger, live, _ignore, category)
             _add(self.recorder.costs, recording.forward_costs)
             outputs = tuple(_hand_out(self.recorder, recording.outputs, live))
             _free_all(self.recorder.ledger, live)
@@ -105,6 +118,9 @@ class _PlayedLayer(torch.autograd.Function):
             for block in recording.kept_inputs
         }
         outputs = _hand_out(recorder, recording.outputs, live)
+        recorder.label(outputs, LAYER_OUTPUTS)
+        for block in live.values():
+            recorder.ledger.label(block, KEPT_FOR_BACKWARD)
         # What is left when the graph goes: of a backward pass that never came, or that leaves something behind.
         weakref.finalize(ctx, _free_all, recorder.ledger, live).atexit = False
         return tuple(outputs)
@@ -112,6 +128,7 @@ class _PlayedLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         recorder, recording, live = ctx.recorder, ctx.recording, ctx.live
+        recorder.category = OTHER
         for block, shape, gradient in zip(recording.output_gradients, recording.outputs, gradients, strict=True):
             if gradient is not None and _is_ours_alone(gradient, shape):
                 taken = recorder.take_over(gradient)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from eightgig.plan.categories import OTHER
 from eightgig.plan.layer_signature import Unlike
 from eightgig.plan.op_costs import OpCost
 from eightgig.plan.recorder import Recorder
@@ -82,13 +83,13 @@ def record_layer(
     Raises:
         Unlike: it takes or returns what can't be copied or made anew.
     """
-    ledger, costs, tape = recorder.ledger, recorder.costs, Tape()
+    ledger, costs, category, tape = recorder.ledger, recorder.costs, recorder.category, Tape()
     gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
-    recorder.ledger = tape
+    recorder.ledger, recorder.category = tape, OTHER
     try:
         return _Session(recorder, tape, layer).run(forward, leaves, structure)
     finally:
-        recorder.ledger, recorder.costs = ledger, costs
+        recorder.ledger, recorder.costs, recorder.category = ledger, costs, category
         for name, parameter in layer.named_parameters():
             parameter.grad = gradients[name]
 

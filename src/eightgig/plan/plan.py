@@ -11,6 +11,7 @@ from eightgig.core.units import GIB
 from eightgig.memory.segments import expects_expandable_segments
 from eightgig.models.least_memory import CONTEXT_BYTES
 from eightgig.models.precision import DTYPES, Precision
+from eightgig.plan import categories
 from eightgig.plan.allocator import AllocatorResult, AllocatorSettings, replay
 from eightgig.plan.card_rates import CardRates, rates_of
 from eightgig.plan.simulate import Simulation, simulate
@@ -236,16 +237,11 @@ def _phases(result: AllocatorResult) -> dict[str, int]:
 
 
 def _breakdown(simulation: Simulation, result: AllocatorResult) -> dict[str, int]:
-    held = {
-        "4-bit weights": simulation.weights_4bit_bytes,
-        "16-bit weights": simulation.weights_16bit_bytes,
-        "adapters": simulation.adapters_bytes,
-        "gradients": simulation.gradients_bytes,
-        "optimizer": simulation.optimizer_bytes,
-    }
+    at_peak = simulation.trace.categories_at_peak()
+    held = {category: at_peak[category] for category in categories.ORDER if at_peak.get(category)}
+    # Blocks that the allocator left larger than asked for are overhead, as is what it holds unused.
     return {
         **held,
-        "activations and temporary": result.peak_allocated_bytes - sum(held.values()),
-        "allocator overhead": result.peak_reserved_bytes - result.peak_allocated_bytes,
-        "CUDA context": CONTEXT_BYTES,
+        categories.OVERHEAD: result.peak_reserved_bytes - sum(held.values()),
+        categories.CONTEXT: CONTEXT_BYTES,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from eightgig.plan.categories import OTHER
 from eightgig.plan.cuda_rules import CudaRules
 from eightgig.plan.op_costs import OpCost, op_cost
 
@@ -25,11 +26,14 @@ _INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 class Ledger(Protocol):
     """Where allocations are written down: the run's trace, or the tape of one layer."""
 
-    def alloc(self, size_bytes: int) -> int:
-        """Allocate a block and return its number."""
+    def alloc(self, size_bytes: int, category: str = ...) -> int:
+        """Allocate a block for what `category` says and return its number."""
 
     def alloc_once(self, key: str, size_bytes: int) -> None:
         """Allocate, where `key` is new, a block that stays."""
+
+    def label(self, block: int, category: str) -> None:
+        """Put a block into another category, over its whole life."""
 
     def free(self, block: int) -> None:
         """Free a block."""
@@ -47,6 +51,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         ledger: what new storages are written into; each is freed where it was written.
+        category: what new storages are for.
         costs: what operations cost is added up here; None: it is not asked for.
         flag: what is read from a fake boolean; generation asks in one whether every answer has ended.
     """
@@ -55,6 +60,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = ledger
         self.flag = False
+        self.category = OTHER
         self.costs: Counter[OpCost] | None = None
         self._rules = rules
         self._is_paused = False
@@ -104,6 +110,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         entry = self._entries.get(tensor.untyped_storage()._cdata)
         return entry[1] if entry is not None and entry[0] is self.ledger else None
 
+    def label(self, tensors: Iterable[Tensor | None], category: str) -> None:
+        """Put the storages of `tensors` into `category`, as far as they are written down in the present ledger."""
+        for tensor in tensors:
+            block = None if tensor is None else self.block_of(tensor)
+            if block is not None:
+                self.ledger.label(block, category)
+
     def take_over(self, tensor: Tensor) -> int | None:
         """The block of `tensor`'s storage; from now on the caller frees it, not the end of the storage."""
         block = self.block_of(tensor)
@@ -129,7 +142,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._entries:
-                    self.enter(tensor, self.ledger.alloc(storage.nbytes()))
+                    self.enter(tensor, self.ledger.alloc(storage.nbytes(), self.category))
 
     def _free(self, address: int) -> None:
         ledger, block, _ = self._entries.pop(address)

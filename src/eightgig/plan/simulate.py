@@ -16,13 +16,18 @@ from torch._subclasses.fake_tensor import (
 )
 
 from eightgig.core.errors import UnsupportedModel
-from eightgig.evaluate.generate import generate_answers
+from eightgig.data.collate import collate
+from eightgig.evaluate.generate import answer_batch, first_exchange
 from eightgig.evaluate.loss import validation_loss
 from eightgig.models.precision import Precision
+from eightgig.plan.categories import GRADIENTS, OPTIMIZER, OTHER
+from eightgig.plan.cuda_functions import fuse_dropout
 from eightgig.plan.cuda_rules import CudaRules
 from eightgig.plan.fake_model import CPU, CUDA, build_fake
+from eightgig.plan.host_memory import HostBatch, keep_paged_states_on_host
 from eightgig.plan.layer_memo import LayerMemo
 from eightgig.plan.op_costs import OpCost
+from eightgig.plan.parts import label_weights, tell_parts
 from eightgig.plan.recorder import Recorder
 from eightgig.plan.trace import MemoryTrace
 from eightgig.plan.workload import Workload
@@ -46,9 +51,7 @@ class Simulation:
 
     Attributes:
         trace: with the phases load, validate, train and validate.
-        weights_4bit_bytes, weights_16bit_bytes: frozen parameters; of full fine-tuning, trained ones are among them.
-        adapters_bytes: trained parameters of adapters.
-        gradients_bytes: of every trained parameter.
+        weights_4bit_bytes: with their scales.
         optimizer_bytes: states on the GPU.
         num_4bit_parameters: how many weights are stored in 4 bits.
         num_trained_parameters: how many learn.
@@ -58,9 +61,6 @@ class Simulation:
 
     trace: MemoryTrace
     weights_4bit_bytes: int
-    weights_16bit_bytes: int
-    adapters_bytes: int
-    gradients_bytes: int
     optimizer_bytes: int
     num_4bit_parameters: int
     num_trained_parameters: int
@@ -95,6 +95,8 @@ class Simulator:
         self._loading.mark("load")
         self._recorder = Recorder(self._loading, CudaRules(compute_capability))
         self._model = build_fake(config, spec, processor, precision, self._recorder)
+        label_weights(self._model, self._recorder)
+        tell_parts(self._model, spec, self._recorder)
 
     def run(self, config: TrainingConfig, work: Workload, *, validates: bool = True) -> Simulation:
         """Simulate `config` with the batch of `work` as every micro-batch; `validates`: before and after training too.
@@ -124,11 +126,14 @@ class Simulator:
 
     def _run(self, config: TrainingConfig, work: Workload, trace: MemoryTrace, *, validates: bool) -> Simulation:
         model, spec = self._model, self._spec
+        fuse_dropout(model)
         checkpoint_as_configured(config, spec, model)
         if self._remembers_layers:
             LayerMemo(self._recorder).wrap(model)
         compute = replace(build_compute(config, CUDA, self._precision), device=CPU)
         step = build_step(config, spec, model, compute, num_steps=NUM_STEPS, optimizer_device=CUDA)
+        keep_paged_states_on_host(step.optimizer, self._recorder)
+        batch = HostBatch.of(work.batch)
         num_micro_batches = min(config.training.gradient_accumulation_steps, MAX_MICRO_BATCHES)
         micro_batches, update = Counter[OpCost](), Counter[OpCost]()
         with self._recorder:
@@ -139,29 +144,29 @@ class Simulator:
                 is_last = index == NUM_STEPS - 1  # the one whose costs are those of all later ones
                 trace.mark("train")
                 self._recorder.costs = micro_batches if is_last else None
-                step([work.batch] * num_micro_batches, work.batch.num_target_tokens)
+                step([batch] * num_micro_batches, batch.num_target_tokens)
                 self._recorder.costs = update if is_last else None
+                self._recorder.category = OTHER
+                self._recorder.label((parameter.grad for parameter in step.trainable.values()), GRADIENTS)
                 step.apply(step.finish_gradients())
+                self._recorder.label(_states(step), OPTIMIZER)
             self._recorder.costs = None
             if validates:
                 trace.mark("validate")
                 self._validate(work, compute)
         costs = {cost: count / num_micro_batches for cost, count in micro_batches.items()}
-        return _result(trace, model, step, costs, update, has_adapters=config.training.lora is not None)
+        return _result(trace, self._recorder, model, step, costs, update)
 
     def _validate(self, work: Workload, compute: Compute) -> None:
         """A run's validation: the loss over a batch, and the first token of an answer to its prompts."""
-        validation_loss(self._model, self._spec.family, [work.batch], compute)
+        validation_loss(self._model, self._spec.family, [HostBatch.of(work.batch)], compute)
         if work.num_generated:
+            encoder = work.encoder
+            with self._recorder.paused():  # prompts are encoded on the host
+                prompts = [encoder.encode_prompt(first_exchange(s)[0]) for s in work.samples[: work.num_generated]]
+                batch = collate(prompts, encoder.pad_token_id, encoder.image_layout)
             self._recorder.flag = True  # every answer ends with its first token
-            generate_answers(
-                self._model,
-                work.encoder,
-                work.samples[: work.num_generated],
-                compute,
-                batch_size=len(work.samples),
-                max_new_tokens=1,
-            )
+            answer_batch(self._model, encoder, HostBatch.of(batch), compute, max_new_tokens=1)
             self._recorder.flag = False
 
 
@@ -183,29 +188,28 @@ def simulate(
 
 def _result(
     trace: MemoryTrace,
+    recorder: Recorder,
     model: nn.Module,
     step: TrainingStep,
     micro_batch_costs: Mapping[OpCost, float],
     update_costs: Mapping[OpCost, float],
-    *,
-    has_adapters: bool,
 ) -> Simulation:
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     trained = list(step.trainable.values())
-    states = [value for state in step.optimizer.state.values() for value in state.values()]
     return Simulation(
         trace=trace,
         weights_4bit_bytes=sum(_quantised_bytes(parameter) for parameter in frozen),
-        weights_16bit_bytes=_bytes(p for p in frozen if not hasattr(p, "quant_state"))
-        + (0 if has_adapters else _bytes(trained)),
-        adapters_bytes=_bytes(trained) if has_adapters else 0,
-        gradients_bytes=_bytes(trained),
-        optimizer_bytes=_bytes(value for value in states if isinstance(value, torch.Tensor)),
+        optimizer_bytes=_bytes(state for state in _states(step) if recorder.block_of(state) is not None),
         num_4bit_parameters=sum(p.quant_state.shape.numel() for p in frozen if hasattr(p, "quant_state")),
         num_trained_parameters=sum(parameter.numel() for parameter in trained),
         micro_batch_costs=micro_batch_costs,
         update_costs=update_costs,
     )
+
+
+def _states(step: TrainingStep) -> list[torch.Tensor]:
+    states = (value for state in step.optimizer.state.values() for value in state.values())
+    return [state for state in states if isinstance(state, torch.Tensor)]
 
 
 def _bytes(tensors: Any) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from eightgig.plan.blocks import round_size
+from eightgig.plan.categories import OTHER, WORKSPACES
 
 FREED = -1
 """Stands in `MemoryTrace.sizes_bytes` where a block is freed."""
@@ -33,12 +34,14 @@ class MemoryTrace:
     Attributes:
         blocks: int64, the block of each event, -1 where the cache is emptied.
         sizes_bytes: int64, as requested (not rounded) where a block is allocated, else FREED or CACHE_EMPTIED.
+        categories: of each block, what it is for.
         marks: (event, name): the phase `name` begins before that event. Names may come again.
     """
 
     blocks: array[int] = field(default_factory=_int64)
     sizes_bytes: array[int] = field(default_factory=_int64)
     marks: list[tuple[int, str]] = field(default_factory=list)
+    categories: list[str] = field(default_factory=list)
     _live: bytearray = field(default_factory=bytearray, repr=False)
     _empty_blocks: set[int] = field(default_factory=set, repr=False)
     _keys: set[str] = field(default_factory=set, repr=False)
@@ -51,8 +54,10 @@ class MemoryTrace:
         """Each event as (block, size in bytes, FREED or CACHE_EMPTIED)."""
         return zip(self.blocks, self.sizes_bytes, strict=True)
 
-    def alloc(self, size_bytes: int) -> int:
+    def alloc(self, size_bytes: int, category: str = OTHER) -> int:
         """Allocate a block of `size_bytes` and return its number. Zero bytes give a number but no event, as in PyTorch.
+
+        `category` is what it is for (`plan.categories`).
 
         Raises:
             ValueError: `size_bytes` is negative.
@@ -61,6 +66,7 @@ class MemoryTrace:
             raise ValueError(f"a block of {size_bytes} bytes: expected 0 or more")
         block = len(self._live)
         self._live.append(1)
+        self.categories.append(category)
         if size_bytes == 0:
             self._empty_blocks.add(block)
         else:
@@ -72,7 +78,11 @@ class MemoryTrace:
         """Allocate, where `key` is new, a block that stays: what a library keeps for itself from its first call on."""
         if key not in self._keys:
             self._keys.add(key)
-            self.alloc(size_bytes)
+            self.alloc(size_bytes, WORKSPACES)
+
+    def label(self, block: int, category: str) -> None:
+        """Put `block` into `category`, over its whole life."""
+        self.categories[block] = category
 
     def free(self, block: int) -> None:
         """Free a block.
@@ -117,6 +127,32 @@ class MemoryTrace:
         ends = [first for first, _ in marks[1:]] + [len(self)]
         for (first, name), end in zip(marks, ends, strict=True):
             yield name, first, end
+
+    def categories_at_peak(self) -> dict[str, int]:
+        """Bytes of each category where the most are live, blocks rounded up to 512 bytes as in `live_bytes`."""
+        rounded_bytes: dict[int, int] = {}
+        live_bytes = peak_bytes = peak_event = 0
+        for event, (block, size_bytes) in enumerate(self):
+            if size_bytes > 0:
+                rounded_bytes[block] = round_size(size_bytes)
+                live_bytes += rounded_bytes[block]
+                if live_bytes > peak_bytes:
+                    peak_bytes, peak_event = live_bytes, event
+            elif size_bytes == FREED:
+                live_bytes -= rounded_bytes.pop(block)
+        return self._categories_after(peak_event)
+
+    def _categories_after(self, last_event: int) -> dict[str, int]:
+        live: dict[int, int] = {}
+        for block, size_bytes in zip(self.blocks[: last_event + 1], self.sizes_bytes[: last_event + 1], strict=True):
+            if size_bytes > 0:
+                live[block] = round_size(size_bytes)
+            elif size_bytes == FREED:
+                del live[block]
+        totals: dict[str, int] = {}
+        for block, size_bytes in live.items():
+            totals[self.categories[block]] = totals.get(self.categories[block], 0) + size_bytes
+        return totals
 
     def live_bytes(self) -> list[tuple[str, int]]:
         """The most bytes that were live at once in each phase, each block rounded up to 512 bytes.

@@ -1,0 +1,57 @@
+"""What of a run lies in the host's memory, so that the simulation doesn't count it as the GPU's."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from eightgig.data.batch import MicroBatch
+from eightgig.plan.recorder import Recorder
+
+MIN_PAGED_ELEMENTS = 100_000  # bitsandbytes' `Optimizer8bit.get_state_buffer`: smaller states are ordinary tensors
+
+
+class HostBatch(MicroBatch):
+    """A micro-batch in the host's memory: moving it makes new tensors, though the simulated GPU is the CPU too."""
+
+    @classmethod
+    def of(cls, batch: MicroBatch) -> HostBatch:
+        """`batch`, on the host."""
+        return cls(**{field.name: getattr(batch, field.name) for field in fields(batch)})
+
+    def to(self, device: torch.device, float_dtype: torch.dtype) -> MicroBatch:
+        """The batch on the GPU: each tensor a copy, that goes when the last reference to it does."""
+        moved = super().to(device, float_dtype)
+        copies = {name: _copied(tensor, self.model_inputs[name]) for name, tensor in moved.model_inputs.items()}
+        values = {field.name: getattr(moved, field.name) for field in fields(moved)}
+        return MicroBatch(**{**values, "model_inputs": copies, "labels": _copied(moved.labels, self.labels)})
+
+
+def keep_paged_states_on_host(optimizer: Optimizer, recorder: Recorder) -> None:
+    """Leave the large states of a paged optimizer out of the record.
+
+    They lie in managed memory that bitsandbytes asks CUDA for, not PyTorch's allocator. On the CPU, where the simulated
+    parameters claim to lie, bitsandbytes would make ordinary tensors of them.
+    """
+    paged: Any = optimizer
+    if not getattr(paged, "is_paged", False):
+        return
+    make_state = paged.get_state_buffer
+
+    def state_of(parameter: nn.Parameter, dtype: torch.dtype = torch.float32) -> Tensor:
+        if parameter.numel() < MIN_PAGED_ELEMENTS:
+            small: Tensor = make_state(parameter, dtype=dtype)
+            return small
+        with recorder.paused():
+            large: Tensor = make_state(parameter, dtype=dtype)
+        return large
+
+    paged.get_state_buffer = state_of
+
+
+def _copied(moved: Tensor, source: Tensor) -> Tensor:
+    return moved.clone() if moved is source else moved
