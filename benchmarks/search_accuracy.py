@@ -153,6 +153,8 @@ class OnCard:
             for layer in forwards:
                 vars(layer).pop("forward", None)
             self._loaded.model.zero_grad(set_to_none=True)
+            gc.collect()
+            torch.cuda.empty_cache()  # else the next model's weights lie scattered in what this run has left
             torch.cuda.set_per_process_memory_fraction(1.0)
 
     def _step_s(self, config: TrainingConfig) -> float:

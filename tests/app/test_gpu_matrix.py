@@ -29,9 +29,7 @@ from eightgig.config import ConfigPresets, TrainingConfig
 from eightgig.core.errors import UnsupportedModel
 from eightgig.core.units import GIB, MIB
 from eightgig.models.least_memory import CONTEXT_BYTES
-from eightgig.plan.allocator import AllocatorSettings, replay
 from eightgig.plan.cuda_rules import CudaRules
-from eightgig.plan.trace import MemoryTrace
 from eightgig.registry import ModelSpec, get, resolve
 from eightgig.registry.gpus import GpuFacts, all_gpus, get_gpu
 
@@ -182,18 +180,10 @@ def test_speeds_are_of_cards_that_fit_and_in_multiples_of_the_reference(with_ref
     }
 
 
-def test_near_the_limit_a_run_fits_as_pytorch_gives_back_what_it_holds_unused() -> None:
-    trace = MemoryTrace()
-    trace.mark("train")
-    kept = trace.alloc(40 * MIB)
-    trace.free(kept)
-    trace.alloc(60 * MIB)  # the free segment of 40 MiB can't hold it, and is given back only where there is a limit
-    run = ReplayedRun(trace, AllocatorSettings(), replay(trace, AllocatorSettings()))
-    assert run.device_bytes == CONTEXT_BYTES + 100 * MIB
+def test_a_run_fits_what_it_takes_and_not_a_byte_less() -> None:
+    run = ReplayedRun(CONTEXT_BYTES + 100 * MIB)
     assert run.fits(CONTEXT_BYTES + 100 * MIB)
-    assert run.fits(CONTEXT_BYTES + 60 * MIB)
-    assert not run.fits(CONTEXT_BYTES + 60 * MIB - 1)
-    assert not run.fits(0)
+    assert not run.fits(CONTEXT_BYTES + 100 * MIB - 1)
 
 
 def test_the_table_says_what_the_plan_says(tmp_path: Path) -> None:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from eightgig.config import ConfigPresets
 from eightgig.core.logging import get_logger
 from eightgig.core.units import GIB, format_bytes
 from eightgig.models.least_memory import CONTEXT_BYTES
-from eightgig.plan.allocator import AllocatorResult, AllocatorSettings, replay
+from eightgig.plan.allocator import replay
 from eightgig.plan.card_rates import rates_of
 from eightgig.plan.cuda_rules import HOPPER
 from eightgig.plan.plan import AMPERE, allocator_settings, planned_precision
 from eightgig.plan.search import longest_fit
 from eightgig.plan.simulate import Simulator, simulate
 from eightgig.plan.step_time import planned_time
-from eightgig.plan.trace import MemoryTrace
 from eightgig.plan.workload import largest_workload
 from eightgig.registry import ModelSpec, all_specs
 from eightgig.registry.gpus import GpuFacts, all_gpus, get_gpu
@@ -77,8 +76,7 @@ class Cell:
 
     Attributes:
         max_length_tokens: the longest `data.max_length` of the ladder that fits, None where not even the first does.
-        device_bytes: the planned peak at that length, or at the first where that does not fit; without the card's
-            limit, near which PyTorch gives back what it holds unused.
+        device_bytes: the planned peak at that length, or at the first where that does not fit.
         tokens_per_s: at `Matrix.common_tokens`; None where that does not fit or the time is not known.
         relative_speed: in multiples of the reference card's.
     """
@@ -121,33 +119,20 @@ class Matrix:
 
 @dataclass(frozen=True)
 class ReplayedRun:
-    """A simulated run and what PyTorch's allocator, set to `settings`, makes of it without a limit."""
+    """A simulated run, judged as `plan` judges it; `device_bytes`: its peak, the CUDA context among it."""
 
-    trace: MemoryTrace
-    settings: AllocatorSettings
-    unlimited: AllocatorResult
-
-    @property
-    def device_bytes(self) -> int:
-        """Peak on a card without a limit, the CUDA context among it."""
-        return self.unlimited.peak_reserved_bytes + CONTEXT_BYTES
+    device_bytes: int
 
     def fits(self, budget_bytes: int) -> bool:
-        """As `plan` decides it: near the limit PyTorch gives back what it holds unused, which takes a second replay."""
-        limit_bytes = budget_bytes - CONTEXT_BYTES
-        if self.unlimited.peak_reserved_bytes <= limit_bytes:
-            return True
-        if self.unlimited.peak_allocated_bytes > limit_bytes:
-            return False
-        return replay(self.trace, replace(self.settings, limit_bytes=limit_bytes)).out_of_memory is None
+        """Whether the run stays within `budget_bytes`."""
+        return self.device_bytes <= budget_bytes
 
 
 def simulate_run(config: TrainingConfig, spec: ModelSpec, gpu: GpuFacts) -> ReplayedRun:
     """The largest samples that `config` lets through, simulated on a card like `gpu` but for its memory."""
     work = largest_workload(config, spec)
     trace = simulate(config, spec, work, planned_precision(config, gpu), gpu.compute_capability or AMPERE).trace
-    settings = allocator_settings()
-    return ReplayedRun(trace, settings, replay(trace, settings))
+    return ReplayedRun(replay(trace, allocator_settings()).peak_reserved_bytes + CONTEXT_BYTES)
 
 
 def planned_speeds(config: TrainingConfig, spec: ModelSpec, gpus: Sequence[GpuFacts]) -> dict[str, float]:

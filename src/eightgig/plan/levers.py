@@ -26,7 +26,7 @@ def levers_of(candidates: Candidates, changes: Mapping[str, Any]) -> tuple[Lever
     levers = [
         *_weights(candidates, found),
         *_optimizer(found),
-        *_segments(candidates, found),
+        *_segments(found),
         *_by_simulation(candidates, found, changes, "hardware.gradient_checkpointing", False, "gradient checkpointing"),
         *_by_simulation(candidates, found, changes, "training.loss_chunk_tokens", WHOLE_LOSS_TOKENS, "loss in chunks"),
     ]
@@ -94,9 +94,9 @@ def _optimizer(found: Candidate) -> Iterator[Lever]:
         yield Lever("8-bit optimizer", saves_bytes, 0.0, "the update is as fast, and as good for adapters")
 
 
-def _segments(candidates: Candidates, found: Candidate) -> Iterator[Lever]:
+def _segments(found: Candidate) -> Iterator[Lever]:
     """Segments that grow against those of fixed size."""
-    settings = allocator_settings(candidates.gpu)
+    settings = allocator_settings()
     if not settings.expandable_segments:
         return
     fixed = replay(found.simulation.trace, replace(settings, expandable_segments=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from eightgig.config import MixedPrecision
@@ -124,8 +124,7 @@ def plan(
 ) -> Plan:
     """The plan of `config` on `gpu`.
 
-    Needs no GPU and no weights. A run that goes beyond the budget is tried once more as PyTorch would try: near the
-    limit it gives back what it holds unused.
+    Needs no GPU and no weights.
 
     Args:
         config: the run's settings.
@@ -179,11 +178,9 @@ def time_of(
     )
 
 
-def allocator_settings(gpu: GpuFacts | None = None) -> AllocatorSettings:
-    """The allocator that a run started here has; its addresses are those of `gpu`."""
-    return AllocatorSettings(
-        expandable_segments=expects_expandable_segments(), card_bytes=None if gpu is None else gpu.vram_bytes
-    )
+def allocator_settings() -> AllocatorSettings:
+    """The allocator that a run started here has, without a limit: `place` judges by what it would reserve."""
+    return AllocatorSettings(expandable_segments=expects_expandable_segments())
 
 
 def capability_of(gpu: GpuFacts | None) -> tuple[int, int]:
@@ -196,19 +193,15 @@ def place(
 ) -> tuple[AllocatorResult, bool | None]:
     """What the allocator makes of the run, and whether it stays below the card's budget and the config's cap.
 
-    Without either limit the second is None.
+    A run fits whose reserved memory stays below of itself. Near a limit PyTorch gives back what it holds unused, and a
+    run may pass that this says does not fit; on an H100 some that only that would have saved ran out of memory
+    (docs/decisions/0005-planner.md). Without either limit the second is None.
     """
-    free = allocator_settings(gpu)
-    cap_gib = config.hardware.cap_gib
-    result = replay(simulation.trace, replace(free, card_bytes=None))
-    if cap_gib is None and budget_bytes is None:
-        return result, None
-    cap_bytes = None if cap_gib is None else round(cap_gib * GIB)
-    limit_bytes = None if budget_bytes is None else max(budget_bytes - CONTEXT_BYTES, 0)
-    if result.peak_reserved_bytes <= min(limit for limit in (cap_bytes, limit_bytes) if limit is not None):
-        return result, True
-    limited = replay(simulation.trace, replace(free, limit_bytes=limit_bytes, allowed_bytes=cap_bytes))
-    return (result, False) if limited.out_of_memory is not None else (limited, True)
+    result = replay(simulation.trace, allocator_settings())
+    limits_bytes = [] if config.hardware.cap_gib is None else [round(config.hardware.cap_gib * GIB)]
+    if budget_bytes is not None:
+        limits_bytes.append(budget_bytes - CONTEXT_BYTES)
+    return result, result.peak_reserved_bytes <= min(limits_bytes) if limits_bytes else None
 
 
 def planned_precision(config: TrainingConfig, gpu: GpuFacts | None) -> Precision:
