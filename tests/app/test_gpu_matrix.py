@@ -59,6 +59,11 @@ class Simulations:
         return KnownRun(self.bytes_at[config.data.max_length])
 
 
+def no_speeds(config: TrainingConfig, spec: ModelSpec, gpus: Sequence[GpuFacts]) -> Mapping[str, float]:
+    """Tells no speed, as of cards without known rates."""
+    return {}
+
+
 def card(name: str, vram_bytes: int, like: str = "RTX 4060") -> GpuFacts:
     """A card of `like`'s kind with so much memory."""
     return replace(get_gpu(like), name=name, vram_bytes=vram_bytes)
@@ -77,7 +82,7 @@ def test_a_budget_fits_to_the_byte() -> None:
         for length in LADDER_TOKENS
         for off in (-1, 0, 1)
     ]
-    found = longest(matrix([QWEN], cards, simulate_on=Simulations(bytes_at)))
+    found = longest(matrix([QWEN], cards, simulate_on=Simulations(bytes_at), speed=no_speeds))
     shorter = dict(zip(LADDER_TOKENS, [None, *LADDER_TOKENS], strict=False))
     for length in LADDER_TOKENS:
         assert [found[f"{length} {off:+d}"] for off in (-1, 0, 1)] == [shorter[length], length, length]
@@ -91,7 +96,7 @@ def test_the_longest_length_is_what_trying_all_finds(sizes: list[int], budgets: 
     bytes_at = dict(zip(LADDER_TOKENS, sizes, strict=True))
     cards = [card(f"card {index}", budget) for index, budget in enumerate(budgets)]
     simulations = Simulations(bytes_at)
-    found = matrix([QWEN], cards, reserve_gib=0, simulate_on=simulations)
+    found = matrix([QWEN], cards, reserve_gib=0, simulate_on=simulations, speed=no_speeds)
     for cell, budget in zip(found.cells, budgets, strict=True):
         fitting = [length for length in LADDER_TOKENS if bytes_at[length] <= budget]
         assert cell.max_length_tokens == (fitting[-1] if fitting else None)
@@ -121,7 +126,7 @@ def test_cards_of_one_class_take_the_same_and_share_their_simulations() -> None:
         for other in all_gpus():
             assert (card_class(one) == card_class(other)) == (state_of[one.name] == state_of[other.name])
     simulations = Simulations(dict.fromkeys(LADDER_TOKENS, GIB))
-    matrix([QWEN], simulate_on=simulations)
+    matrix([QWEN], simulate_on=simulations, speed=no_speeds)
     assert len(simulations.asked) <= len({card_class(gpu) for gpu in all_gpus()}) * len(LADDER_TOKENS)
 
 
@@ -130,7 +135,7 @@ def test_no_length_is_tried_that_a_models_positions_do_not_hold() -> None:
     assert lengths_of(get("llava-1.5-7b")) == (256, 512, 1024, 2048)  # 4,096 positions, 576 of them the image's
     assert lengths_of(get("eightgig-demo")) == (256, 512)  # 1,024 positions, 441 of them the image's
     simulations = Simulations(dict.fromkeys(LADDER_TOKENS, 1))
-    found = matrix([get("llava-1.5-7b")], [get_gpu("H200")], simulate_on=simulations)
+    found = matrix([get("llava-1.5-7b")], [get_gpu("H200")], simulate_on=simulations, speed=no_speeds)
     assert longest(found) == {"H200": 2048}
     assert found.models[0].longest_tokens == 2048
 
@@ -142,7 +147,9 @@ def test_a_model_that_cant_be_planned_is_left_out_with_the_reason() -> None:
         return KnownRun(1)
 
     said: list[str] = []
-    found = matrix([QWEN, get("qwen2-vl-7b")], [get_gpu("T4")], simulate_on=refuse, on_progress=said.append)
+    found = matrix(
+        [QWEN, get("qwen2-vl-7b")], [get_gpu("T4")], simulate_on=refuse, speed=no_speeds, on_progress=said.append
+    )
     assert [(row.model, row.reason) for row in found.left_out] == [("qwen2-vl-2b", "no processor")]
     assert [model.name for model in found.models] == ["qwen2-vl-7b"]
     assert {cell.model for cell in found.cells} == {"qwen2-vl-7b"}
@@ -152,7 +159,7 @@ def test_a_model_that_cant_be_planned_is_left_out_with_the_reason() -> None:
 def test_progress_is_told_a_simulation_at_a_time() -> None:
     said: list[str] = []
     simulations = Simulations(dict.fromkeys(LADDER_TOKENS, 3 * GIB))
-    matrix([QWEN], [get_gpu("T4"), get_gpu("H200")], simulate_on=simulations, on_progress=said.append)
+    matrix([QWEN], [get_gpu("T4"), get_gpu("H200")], simulate_on=simulations, speed=no_speeds, on_progress=said.append)
     assert len(said) == len(simulations.asked)
     assert "qwen2-vl-2b, 8,192 tokens, cards before Hopper, fp16: 3.00 GiB" in said
     assert "qwen2-vl-2b, 8,192 tokens, cards Hopper and later, bf16: 3.00 GiB" in said
