@@ -48,9 +48,9 @@ def test_a_tiny_model_of_six_layers(training: dict[str, Any], checkpointing: boo
     assert_equal_traces(config, resolve(config.model.name))
 
 
-@pytest.mark.parametrize("model", ["qwen3-vl-2b"])
+@pytest.mark.parametrize("model", ["smolvlm2-2.2b", "qwen3-vl-2b"])
 def test_a_full_size_model(model: str) -> None:
-    """Qwen3-VL adds the tower's features between the first layers."""
+    """Idefics' tower is frozen without a graph; Qwen3-VL adds the tower's features between the first layers."""
     config = TrainingConfig.model_validate(
         {
             "model": {"name": model},

@@ -167,6 +167,5 @@ def test_rates_measured_in_a_few_seconds_are_those_of_the_record() -> None:
     assert time.perf_counter() - started < 5
     assert rates.basis == card_rates.MEASURED
     for name in NAMES:
-        # The CPU's times differ from day to day, a kernel's launch by 10 % (2.17 and 1.96 us on 2026-11-24).
-        allowed = 0.5 if name in ("issue_s", "dispatch_s") else 0.2 if name == "kernel_s" else 0.1
+        allowed = 0.5 if name in ("issue_s", "dispatch_s") else 0.1  # another day's CPU
         assert getattr(rates, name) == pytest.approx(getattr(known, name), rel=allowed), name
