@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.app.command_line import CommandLine
 from tests.tiny import build_tiny_llava, write_llava_jsonl
 
 from eightgig.app import finishing
@@ -29,6 +30,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     return write_llava_jsonl(folder, NUM_SAMPLES, num_turns=2)
+
+
+@pytest.fixture
+def eightgig(
+    tmp_path: Path,
+    tiny_model: Path,
+    tiny_data: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> CommandLine:
+    """The command, called in a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    return CommandLine(tmp_path, tiny_model, tiny_data, capsys)
 
 
 @pytest.fixture(scope="session")

@@ -13,18 +13,6 @@ from tests.app.command_line import NOTHING, QUARANTINED, CommandLine, check_mess
 from tests.tiny import write_jsonl
 
 
-@pytest.fixture
-def eightgig(
-    tmp_path: Path,
-    tiny_model: Path,
-    tiny_data: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> CommandLine:
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(tmp_path, tiny_model, tiny_data, capsys)
-
-
 def records(data: Path) -> list[dict[str, Any]]:
     """The tiny data's records, with image paths that hold from anywhere."""
     lines = [json.loads(line) for line in data.read_text().splitlines()]

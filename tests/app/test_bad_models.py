@@ -18,18 +18,6 @@ from huggingface_hub import constants, errors
 from tests.app.command_line import NOTHING, CommandLine, check_message
 
 
-@pytest.fixture
-def eightgig(
-    tmp_path: Path,
-    tiny_model: Path,
-    tiny_data: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> CommandLine:
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(tmp_path, tiny_model, tiny_data, capsys)
-
-
 def copy_of_model(command: CommandLine, name: str, change: Callable[[Path], object]) -> str:
     """The name of a changed copy of the tiny model."""
     shutil.copytree(command.model, command.folder / name)

@@ -31,18 +31,6 @@ from eightgig.train.events import SilentListener
 MAX_STEPS = 6
 
 
-@pytest.fixture
-def eightgig(
-    tmp_path: Path,
-    tiny_model: Path,
-    tiny_data: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> CommandLine:
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(tmp_path, tiny_model, tiny_data, capsys)
-
-
 # Paths to write to.
 def taken(folder: Path) -> None:
     (folder / "there").mkdir()

@@ -36,18 +36,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 @pytest.fixture
-def eightgig(
-    tmp_path: Path,
-    tiny_model: Path,
-    tiny_data: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> CommandLine:
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(tmp_path, tiny_model, tiny_data, capsys)
-
-
-@pytest.fixture
 def num_planned(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """How often the planner was at work."""
     calls: list[Any] = []

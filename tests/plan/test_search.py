@@ -121,6 +121,33 @@ def test_where_nothing_fits_it_offers_what_would(config: TrainingConfig, spec: M
     assert searched(config, spec, 300 * MIB).alternatives == ()  # less than the CUDA context
 
 
+def test_what_it_offers_instead_of_a_fixed_batch_keeps_the_samples_of_a_step(
+    config: TrainingConfig, spec: ModelSpec
+) -> None:
+    wide = with_changes(config, {BATCH: 4, ACCUMULATION: 2})
+    narrow = with_changes(config, {BATCH: 1, ACCUMULATION: 8})
+    assert wide is not None
+    assert narrow is not None
+    needed_bytes = plan(narrow, spec, card_of(1 << 40), reserve_bytes=0).peak.device_bytes
+    found = searched(wide, spec, needed_bytes, fixed=(BATCH, CHECKPOINTING))
+    assert found.fits is False
+    assert [dict(alternative.settings) for alternative in found.alternatives] == [{BATCH: 1, ACCUMULATION: 8}]
+    assert found.alternatives[0].device_bytes == needed_bytes
+
+
+def test_what_it_offers_fits_in_validation_too(config: TrainingConfig, spec: ModelSpec) -> None:
+    answering = config.model_copy(update={"validation": config.validation.model_copy(update={"num_generated": 4})})
+    wide = with_changes(answering, {BATCH: 4, ACCUMULATION: 1})
+    assert wide is not None
+    peak_bytes = plan(wide, spec, card_of(1 << 40), reserve_bytes=0).peak.device_bytes
+    found = searched(wide, spec, peak_bytes - MIB, fixed=(BATCH, CHECKPOINTING))
+    for alternative in found.alternatives:
+        variant = with_changes(wide, alternative.settings)
+        assert variant is not None
+        assert plan(variant, spec, card_of(peak_bytes - MIB), reserve_bytes=0).fits
+    assert found.alternatives
+
+
 def test_levers_are_the_difference_to_the_run_without_them(config: TrainingConfig, spec: ModelSpec) -> None:
     def workload_of(variant: TrainingConfig) -> Workload:
         return largest_workload(variant, spec)

@@ -13,10 +13,9 @@ from eightgig.models.least_memory import CONTEXT_BYTES
 from eightgig.plan.allocator import replay
 from eightgig.plan.card_rates import rates_of
 from eightgig.plan.cuda_rules import HOPPER
-from eightgig.plan.plan import AMPERE, allocator_settings, planned_precision
+from eightgig.plan.plan import AMPERE, allocator_settings, planned_precision, time_of
 from eightgig.plan.search import longest_fit
 from eightgig.plan.simulate import Simulator, simulate
-from eightgig.plan.step_time import planned_time
 from eightgig.plan.workload import largest_workload
 from eightgig.registry import ModelSpec, all_specs
 from eightgig.registry.gpus import GpuFacts, all_gpus, get_gpu
@@ -142,17 +141,9 @@ def planned_speeds(config: TrainingConfig, spec: ModelSpec, gpus: Sequence[GpuFa
         return {}
     work = largest_workload(config, spec)
     simulator = Simulator(config, spec, work.processor, planned_precision(config, None), AMPERE)
-    costs = simulator.run(config, work, validates=False)
-    return {
-        name: planned_time(
-            costs.micro_batch_costs,
-            costs.update_costs,
-            rate,
-            num_micro_batches=config.training.gradient_accumulation_steps,
-            num_tokens=work.batch.num_tokens,
-        ).tokens_per_s
-        for name, rate in rates.items()
-    }
+    simulation = simulator.run(config, work, validates=False)
+    times = {name: time_of(simulation, config, work, found) for name, found in rates.items()}
+    return {name: time.tokens_per_s for name, time in times.items() if time is not None}
 
 
 def matrix(

@@ -30,7 +30,7 @@ WorkloadOf = Callable[["TrainingConfig"], Workload]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One variant. Its validation was not simulated.
+    """One variant.
 
     Attributes:
         fits: None without a limit.
@@ -61,12 +61,16 @@ class Candidates:
         budget_bytes: int,
         workload_of: WorkloadOf,
         rates: CardRates | None,
+        *,
+        validates: bool = False,
     ) -> None:
+        """Build the model; `validates`: simulate validation too, without which a variant may seem to fit."""
         self.config = config
         self.gpu = gpu
         self.budget_bytes = budget_bytes
         self.rates = rates
         self._workload_of = workload_of
+        self._validates = validates
         self._known: dict[tuple[tuple[str, Any], ...], Candidate | None] = {}
         work = workload_of(config)
         self._simulator = Simulator(config, spec, work.processor, planned_precision(config, gpu), capability_of(gpu))
@@ -87,7 +91,7 @@ class Candidates:
         if config is None:
             return None
         work = self._workload_of(config)
-        simulation = self._simulator.run(config, work, validates=False)
+        simulation = self._simulator.run(config, work, validates=self._validates)
         result, fits = place(simulation, config, self.gpu, self.budget_bytes)
         return Candidate(config, work, simulation, result, fits, time_of(simulation, config, work, self.rates))
 

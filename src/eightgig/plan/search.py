@@ -24,7 +24,7 @@ CHUNK = "training.loss_chunk_tokens"
 LENGTH = "data.max_length"
 PRESET = "preset"
 
-MAX_BATCH = 16  # samples at once; beyond it a step gains little, see benchmarks/results/step_time.json
+MAX_BATCH = 16  # samples at once, twice the most measured (benchmarks/results/search_accuracy.json)
 LENGTH_STEP_TOKENS = 64
 SMALL_CHUNK_TOKENS = 256  # as preset ultra_low_memory has it
 
@@ -34,9 +34,8 @@ class Request:
     """What is asked for.
 
     Attributes:
+        reserve_bytes: of the card's memory, kept free.
         fixed: paths of the settings that the user chose; the others may change.
-        budget_bytes: of the card's memory.
-        reserve_bytes: the rest of it.
         rates: of the card, where it was measured.
     """
 
@@ -88,7 +87,8 @@ def search(
         if planned.fits:
             return replace(planned, levers=levers_of(candidates, changes))
     planned = _plan(request, None)
-    return replace(planned, alternatives=tuple(_alternatives(request, candidates)))
+    whole = Candidates(config, spec, gpu, request.budget_bytes, workload_of, request.rates, validates=True)
+    return replace(planned, alternatives=tuple(_alternatives(request, whole)))
 
 
 def _fitting(request: Request, candidates: Candidates) -> Iterator[tuple[Changes, Candidate]]:
@@ -145,12 +145,12 @@ def _alternatives(request: Request, candidates: Candidates) -> Iterator[Alternat
     before it that alone don't suffice.
     """
     changes: dict[str, object] = {}
-    for path, value, price in _cheap_changes(request):
-        changes[path] = value
-        found = candidates.get(changes)
+    for change, price in _cheap_changes(request):
+        found = candidates.get({**changes, **change})
         if found is None:
-            del changes[path]
-        elif found.fits:
+            continue
+        changes |= change
+        if found.fits:
             yield _alternative(changes, found, price)
             return
     length = _longest_length(request, candidates, changes)
@@ -160,18 +160,18 @@ def _alternatives(request: Request, candidates: Candidates) -> Iterator[Alternat
         yield _alternative({**changes, LENGTH: length}, found, f"texts are cut at {length:,} tokens")
 
 
-def _cheap_changes(request: Request) -> Iterator[tuple[str, object, str]]:
+def _cheap_changes(request: Request) -> Iterator[tuple[dict[str, object], str]]:
     """Changes that leave what is learnt as it is."""
     config = request.config
     training = config.training
     if training.batch_size > 1:
-        yield BATCH, 1, "a step takes its samples one by one"
-        yield ACCUMULATION, training.batch_size * training.gradient_accumulation_steps, "the step stays the same"
+        num_samples = training.batch_size * training.gradient_accumulation_steps
+        yield {BATCH: 1, ACCUMULATION: num_samples}, "a step takes its samples one by one"
     if not config.hardware.gradient_checkpointing:
-        yield CHECKPOINTING, True, "each layer is computed twice"
+        yield {CHECKPOINTING: True}, "each layer is computed twice"
     if training.loss_chunk_tokens > SMALL_CHUNK_TOKENS:
-        yield CHUNK, SMALL_CHUNK_TOKENS, "the loss is computed in more, smaller parts"
-    yield OPTIMIZER, "paged_adamw_8bit", "the optimizer's states move to the host where the card is full"
+        yield {CHUNK: SMALL_CHUNK_TOKENS}, "the loss is computed in more, smaller parts"
+    yield {OPTIMIZER: "paged_adamw_8bit"}, "the optimizer's states move to the host where the card is full"
 
 
 def _longest_length(request: Request, candidates: Candidates, changes: Changes) -> int | None:

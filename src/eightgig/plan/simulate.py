@@ -52,18 +52,14 @@ class Simulation:
     Attributes:
         trace: with the phases load, validate, train and validate.
         weights_4bit_bytes: with their scales.
-        optimizer_bytes: states on the GPU.
         num_4bit_parameters: how many weights are stored in 4 bits.
-        num_trained_parameters: how many learn.
         micro_batch_costs: forward and backward pass of one micro-batch, each kind of operation with how often it runs.
         update_costs: clipping and the optimizer.
     """
 
     trace: MemoryTrace
     weights_4bit_bytes: int
-    optimizer_bytes: int
     num_4bit_parameters: int
-    num_trained_parameters: int
     micro_batch_costs: Mapping[OpCost, float]
     update_costs: Mapping[OpCost, float]
 
@@ -155,7 +151,7 @@ class Simulator:
                 trace.mark("validate")
                 self._validate(work, compute)
         costs = {cost: count / num_micro_batches for cost, count in micro_batches.items()}
-        return _result(trace, self._recorder, model, step, costs, update)
+        return _result(trace, model, costs, update)
 
     def _validate(self, work: Workload, compute: Compute) -> None:
         """A run's validation: the loss over a batch, and the first token of an answer to its prompts."""
@@ -188,20 +184,15 @@ def simulate(
 
 def _result(
     trace: MemoryTrace,
-    recorder: Recorder,
     model: nn.Module,
-    step: TrainingStep,
     micro_batch_costs: Mapping[OpCost, float],
     update_costs: Mapping[OpCost, float],
 ) -> Simulation:
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    trained = list(step.trainable.values())
+    quantised: list[Any] = [parameter for parameter in model.parameters() if hasattr(parameter, "quant_state")]
     return Simulation(
         trace=trace,
-        weights_4bit_bytes=sum(_quantised_bytes(parameter) for parameter in frozen),
-        optimizer_bytes=_bytes(state for state in _states(step) if recorder.block_of(state) is not None),
-        num_4bit_parameters=sum(p.quant_state.shape.numel() for p in frozen if hasattr(p, "quant_state")),
-        num_trained_parameters=sum(parameter.numel() for parameter in trained),
+        weights_4bit_bytes=sum(_quantised_bytes(parameter) for parameter in quantised),
+        num_4bit_parameters=sum(parameter.quant_state.shape.numel() for parameter in quantised),
         micro_batch_costs=micro_batch_costs,
         update_costs=update_costs,
     )
@@ -212,14 +203,7 @@ def _states(step: TrainingStep) -> list[torch.Tensor]:
     return [state for state in states if isinstance(state, torch.Tensor)]
 
 
-def _bytes(tensors: Any) -> int:
-    unique = {id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
-    return sum(unique.values())
-
-
-def _quantised_bytes(parameter: nn.Parameter) -> int:
-    state = getattr(parameter, "quant_state", None)
-    if state is None:
-        return 0
-    nested = state.state2
-    return _bytes([parameter, state.absmax, *([nested.absmax] if nested is not None else [])])
+def _quantised_bytes(parameter: Any) -> int:
+    state = parameter.quant_state
+    parts = [parameter, state.absmax, *([state.state2.absmax] if state.state2 is not None else [])]
+    return sum(part.numel() * part.element_size() for part in parts)
