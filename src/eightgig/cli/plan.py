@@ -84,7 +84,6 @@ def plan(  # noqa: PLR0913 - the parameters are the command line itself
     from eightgig.app import planning
     from eightgig.app.card_wanted import CardWanted
     from eightgig.app.plan_writing import check_config_path, write_config
-    from eightgig.app.reporting import write_plan_page
 
     flags = {"--preset": preset, "--model": model, "--data": data, "--val": val, "--image-root": image_root}
     if write is not None:
@@ -107,6 +106,8 @@ def plan(  # noqa: PLR0913 - the parameters are the command line itself
         for line in lines:
             typer.echo(line)
     if html is not None:
+        from eightgig.app.reporting import write_plan_page  # loads Pillow, which a kept plan needs not wait for
+
         write_plan_page(html, answer)
     if write is not None:
         write_config(answer, write)

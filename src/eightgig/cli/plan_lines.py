@@ -104,6 +104,8 @@ def _stack_lines(planned: Mapping[str, Any]) -> Iterator[str]:
 
     end_bytes = 0
     for category, size in planned["breakdown"].items():
+        if not size:
+            continue
         start, end_bytes = column(end_bytes), end_bytes + size
         bar = " " * start + "█" * (column(end_bytes) - start)
         yield _stack_line(category, size, marked(bar))

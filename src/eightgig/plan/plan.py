@@ -231,7 +231,7 @@ def _phases(result: AllocatorResult) -> dict[str, int]:
 
 def _breakdown(simulation: Simulation, result: AllocatorResult) -> dict[str, int]:
     at_peak = simulation.trace.categories_at_peak()
-    held = {category: at_peak[category] for category in categories.ORDER if at_peak.get(category)}
+    held = {category: at_peak.get(category, 0) for category in categories.ORDER}
     # Blocks that the allocator left larger than asked for are overhead, as is what it holds unused.
     return {
         **held,
