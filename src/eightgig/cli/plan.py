@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -83,7 +83,7 @@ def plan(  # noqa: PLR0913 - the parameters are the command line itself
         raise typer.BadParameter("--compare plans every method; leave out --method, --write and --html")
     from eightgig.app import planning
     from eightgig.app.card_wanted import CardWanted
-    from eightgig.app.plan_writing import check_config_path, write_config
+    from eightgig.app.plan_writing import check_config_path
 
     flags = {"--preset": preset, "--model": model, "--data": data, "--val": val, "--image-root": image_root}
     if write is not None:
@@ -100,6 +100,13 @@ def plan(  # noqa: PLR0913 - the parameters are the command line itself
         with stoppable():
             answer = planning.plan_as_json(resolved.config, card, uses_cache=not no_cache, fixed=fixed)
         lines = plan_lines(answer)
+    _hand_over(answer, lines, as_json=as_json, html=html, write=write)
+
+
+def _hand_over(
+    answer: Mapping[str, Any], lines: Iterable[str], *, as_json: bool, html: Path | None, write: Path | None
+) -> None:
+    """Print the answer, and write what was asked for."""
     if as_json:
         print_json(answer)
     else:
@@ -110,6 +117,8 @@ def plan(  # noqa: PLR0913 - the parameters are the command line itself
 
         write_plan_page(html, answer)
     if write is not None:
+        from eightgig.app.plan_writing import write_config
+
         write_config(answer, write)
 
 
