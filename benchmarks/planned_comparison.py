@@ -34,7 +34,7 @@ def sources(paths: Iterable[Path]) -> dict[str, Any]:
 
 
 def comparison_row(
-    planned: Mapping[str, Any], measured: Mapping[str, Any], before: Mapping[str, Any] | None
+    planned: Mapping[str, Any], measured: Mapping[str, Any], part: str, before: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """One run: its settings, what was measured, planned now and (`before`, of a blind run) before it was measured.
 
@@ -42,7 +42,7 @@ def comparison_row(
     """
     of_run = ("name", "model", "preset", "settings", "mixes_lengths", "num_tokens")
     row: dict[str, Any] = {key: planned[key] for key in of_run}
-    row["is_blind"] = before is not None
+    row["part"] = part
     row["measured"] = {f"{kind}_bytes": measured[f"{kind}_bytes"] for kind in KINDS}
     row |= _said(planned, measured)
     if before is not None:
@@ -60,6 +60,8 @@ def _said(planned: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, 
 def summary(rows: Sequence[Mapping[str, Any]], said_of: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Any:
     """Of `rows`: how many are within each bar and which one is the worst, by what `said_of` takes from a row."""
     told: dict[str, Any] = {"num_runs": len(rows)}
+    if not rows:
+        return told
     for kind in KINDS:
         close = [row for row in rows if is_close(kind, row["measured"], said_of(row))]
         worst = max(rows, key=lambda row: abs(said_of(row)["errors"][kind]))
@@ -80,11 +82,11 @@ def is_close(kind: str, measured: Mapping[str, Any], said: Mapping[str, Any]) ->
 
 def figures_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The record's figures: the rows, and their summaries."""
-    blind = [row for row in rows if row["is_blind"]]
+    parts = {part: [row for row in rows if row["part"] == part] for part in ("blind", "blind_again")}
     return {
         "bars": {**BARS, "device_bytes": DEVICE_BAR_BYTES},
-        "blind_before": summary(blind, lambda row: row["before"]),
-        "blind_now": summary(blind, lambda row: row),
+        "blind_before": summary(parts["blind"], lambda row: row["before"]),
+        "blind_again_before": summary(parts["blind_again"], lambda row: row["before"]),
         "all_now": summary(rows, lambda row: row),
         "runs": list(rows),
     }

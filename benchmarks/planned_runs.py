@@ -2,14 +2,16 @@
 
 usage: python -m benchmarks.planned_runs predict --out RECORD.json [--only NAME ...]      (no GPU)
        python -m benchmarks.planned_runs measure --plans RECORD.json --work FOLDER --out RECORD.json [--part PART]
-       python -m benchmarks.planned_runs compare --measured RECORD.json ... --before RECORD.json --out RECORD.json
+       python -m benchmarks.planned_runs compare --measured RECORD.json ... --before RECORD.json ... --out RECORD.json
 
 Each run: full size, random weights, a fresh process, real PNG and JSONL, 3 optimizer steps, validation with an answer
 before and after, the result saved and proved in another fresh process. Every micro-batch is the largest that the
 settings let through, except where lengths are mixed. Runs go side by side as far as the card's memory allows.
 
-The blind runs were written down and planned before any run of this list was measured (docs/decisions/0005-planner.md):
-results/planned_runs_before.json. `compare` plans every measured run with the code as it is and sets it beside those.
+The blind runs were written down and planned before any run of the list was measured (docs/decisions/0005-planner.md):
+results/planned_runs_before.json. What they showed went into the planner, so that they are blind no more; the runs of
+BLIND_AGAIN were then written down, planned and committed (results/planned_runs_before_again.json) before one of them
+was measured. `compare` plans every measured run with the code and the packages as they are and sets it beside those.
 
 results/planned_runs_measured_*.json are records of `measure` less two things: runs that ended in an error (seven, whose
 settings the command refused; they were measured again), and the plans, of which only the size that the runs were put
@@ -26,8 +28,9 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,7 @@ from eightgig.registry.gpus import get_gpu
 
 NUM_STEPS = 3
 CARD = "H100 SXM"
-CARD_BUDGET_BYTES = 72 * GIB  # of 79, for all runs side by side
+CARD_BUDGET_GIB = 72.0  # of 79, for all runs side by side
 # The last layer of LLaVA's tower is not used: its features are those of the last but one.
 LLAVA_TOWER_TOO = (
     r".*(language_model|vision_tower.*layers\.(\d|1\d|2[0-2])\.).*"
@@ -59,7 +62,7 @@ TOWER_TOO = r".*\.(q_proj|k_proj|v_proj|o_proj|out_proj|qkv|fc1|fc2|gate_proj|up
 class PlannedRun:
     """One run: a model and what differs from the settings of `preset` (None: from the defaults).
 
-    `mixes_lengths`: from 30 % of the longest text.
+    `mixes_lengths`: from 30 % of the longest text. `num_steps`: optimizer steps.
     """
 
     name: str
@@ -67,6 +70,7 @@ class PlannedRun:
     settings: Mapping[str, Any] = field(default_factory=dict)
     mixes_lengths: bool = False
     preset: str | None = None
+    num_steps: int = NUM_STEPS
 
     def config(self) -> TrainingConfig:
         """Its settings."""
@@ -164,6 +168,33 @@ BLIND = (
     _run("blind-internvl3.5-1b-1024", "internvl3.5-1b", length=1024, rank=64),
 )
 
+BLIND_AGAIN = (
+    _run("again-llava-7b-2048-batch-2", "llava-1.5-7b", length=2048, batch=2, rank=32),
+    _run("again-llava-7b-1024-mixed", "llava-1.5-7b", True, length=1024, batch=2, accumulation=2),
+    _run("again-llava-7b-whole-fp16", "llava-1.5-7b", checkpointing=False, precision="fp16", length=256),
+    _run("again-llava-13b-2048", "llava-1.5-13b", length=2048, rank=16),
+    _run("again-instructblip-whole-batch-2", "instructblip-vicuna-7b", checkpointing=False, length=256, batch=2),
+    _run("again-qwen-vl-chat-512-batch-2", "qwen-vl-chat", batch=2, rank=64),
+    _run("again-qwen2.5-vl-7b-2048-fp16", "qwen2.5-vl-7b", precision="fp16", length=2048, px=448),
+    _run("again-qwen2.5-vl-3b-full", "qwen2.5-vl-3b", method="full", px=448),
+    _run("again-qwen2-vl-7b-rank-64-adamw", "qwen2-vl-7b", rank=64, optimizer="adamw", px=448),
+    _run("again-qwen2-vl-2b-lora-whole", "qwen2-vl-2b", method="lora", checkpointing=False, px=560, batch=2),
+    _run("again-qwen3-vl-8b-batch-4", "qwen3-vl-8b", batch=4, px=448, length=256),
+    _run("again-qwen3-vl-4b-tower", "qwen3-vl-4b", targets=TOWER_TOO, px=448),
+    _run("again-qwen3-vl-2b-8192", "qwen3-vl-2b", length=7936, px=512),
+    _run("again-qwen3.5-2b-1024-mixed", "qwen3.5-2b", True, length=1024, px=448, accumulation=2),
+    _run("again-gemma-3-4b-512-batch-4", "gemma-3-4b", batch=4),
+    _run("again-gemma-4-e2b-2048", "gemma-4-e2b", length=2048),
+    _run("again-smolvlm2-2.2b-rank-128", "smolvlm2-2.2b", rank=128, length=1024),
+    _run("again-internvl3.5-1b-full", "internvl3.5-1b", method="full", length=256),
+    _run("again-internvl3.5-2b-2048-batch-2", "internvl3.5-2b", length=2048, batch=2),
+    _run("again-llava-onevision-0.5b-lora", "llava-onevision-0.5b", method="lora", length=1024),
+    _run("again-paligemma2-3b-1024", "paligemma2-3b-224", length=1024, dropout=0.05),
+    _run("again-llama-3.2-11b-1024", "llama-3.2-11b-vision", length=1024, rank=32),
+)
+
+PARTS = {"built": BUILT, "blind": BLIND, "blind_again": BLIND_AGAIN}
+
 
 def predict(run: PlannedRun) -> dict[str, Any]:
     """What the planner says of `run` on the card."""
@@ -193,7 +224,7 @@ def write_data(run: PlannedRun, folder: Path) -> tuple[Path, Path]:
     side_px = config.data.image_size or registry.get(run.model).facts.image_px
     generator = np.random.default_rng(0)
     batch = config.training.batch_size
-    num_samples = batch * config.training.gradient_accumulation_steps * NUM_STEPS
+    num_samples = batch * config.training.gradient_accumulation_steps * run.num_steps
     lengths = [config.data.max_length] * num_samples
     if run.mixes_lengths:
         lengths[1:] = [int(length * generator.uniform(0.3, 1.0)) for length in lengths[1:]]
@@ -239,7 +270,7 @@ def measure(run: PlannedRun, work: Path, share: CardShare, planned_bytes: int) -
     settings = work / f"{run.name}.yaml"
     save_config(run.config(), settings)
     command = [sys.executable, "-m", "eightgig", "train", str(settings), "--data", str(train)]
-    command += ["--run-folder", str(folder), "--set", f"data.val_path={validation}", "--max-steps", str(NUM_STEPS)]
+    command += ["--run-folder", str(folder), "--set", f"data.val_path={validation}", "--max-steps", str(run.num_steps)]
     share.take(planned_bytes)
     started = time.perf_counter()
     try:
@@ -270,18 +301,25 @@ def measure(run: PlannedRun, work: Path, share: CardShare, planned_bytes: int) -
     }
 
 
-def compare(runs: Sequence[PlannedRun], measured: Sequence[Path], before: Path, out: Path) -> None:
+def planning_pool(num_processes: int) -> ProcessPoolExecutor:
+    """Processes that plan side by side; spawned, since torch's threads don't survive a fork."""
+    return ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"))
+
+
+def compare(
+    runs: Sequence[PlannedRun], measured: Sequence[Path], before: Sequence[Path], out: Path, num_processes: int
+) -> None:
     """Plan each of `runs` that was measured, and write the record of both."""
     taken = read_measured(measured)
-    said_before = {row["name"]: row for row in json.loads(before.read_text())["figures"]["runs"]}
-    blind = {run.name for run in BLIND}
+    said_before = {row["name"]: row for path in before for row in json.loads(path.read_text())["figures"]["runs"]}
+    part_of = {run.name: part for part, runs_of_part in PARTS.items() for run in runs_of_part}
     rows = []
-    for run in runs:
-        if run.name in taken:
-            said = said_before[run.name] if run.name in blind else None
-            rows.append(comparison_row(predict(run), taken[run.name], said))
-            print(run.name, {kind: f"{error:+.2%}" for kind, error in rows[-1]["errors"].items()}, flush=True)
-    conditions = {"card": CARD, "num_steps": NUM_STEPS, "measured": sources(measured), "before": sources([before])}
+    with planning_pool(num_processes) as pool:
+        for planned in pool.map(predict, [run for run in runs if run.name in taken]):
+            name = planned["name"]
+            rows.append(comparison_row(planned, taken[name], part_of[name], said_before.get(name)))
+            print(name, {kind: f"{error:+.2%}" for kind, error in rows[-1]["errors"].items()}, flush=True)
+    conditions = {"card": CARD, "num_steps": NUM_STEPS, "measured": sources(measured), "before": sources(before)}
     write_record(out, name="planned_runs", figures=figures_of(rows), conditions=conditions)
 
 
@@ -293,25 +331,24 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--plans", type=Path)
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--part", choices=["built", "blind"])
-    parser.add_argument("--at-once", type=int, default=8)
+    parser.add_argument("--part", choices=list(PARTS))
+    parser.add_argument("--at-once", type=int, default=8, help="runs side by side, or plans made by as many processes")
+    parser.add_argument("--card-gib", type=float, default=CARD_BUDGET_GIB, help="for all runs side by side")
     parser.add_argument("--measured", type=Path, nargs="+")
-    parser.add_argument("--before", type=Path)
+    parser.add_argument("--before", type=Path, nargs="+")
     arguments = parser.parse_args()
-    chosen = {"built": BUILT, "blind": BLIND, None: (*BUILT, *BLIND)}[arguments.part]
+    chosen = [run for part in PARTS if arguments.part in (None, part) for run in PARTS[part]]
     runs = [run for run in chosen if not arguments.only or run.name in arguments.only]
     if arguments.what == "compare":
-        compare(runs, arguments.measured, arguments.before, arguments.out)
+        compare(runs, arguments.measured, arguments.before, arguments.out, arguments.at_once)
         return
     if arguments.what == "predict":
-        rows = []
-        for run in runs:
-            rows.append(predict(run))
-            print(json.dumps(rows[-1]), flush=True)
+        with planning_pool(arguments.at_once) as pool:
+            rows = list(pool.map(predict, runs))
         write_record(arguments.out, name="planned_runs_before", figures={"runs": rows}, conditions={"card": CARD})
         return
     plans = {row["name"]: row for row in json.loads(arguments.plans.read_text())["figures"]["runs"]}
-    share = CardShare(CARD_BUDGET_BYTES)
+    share = CardShare(round(arguments.card_gib * GIB))
     with ThreadPoolExecutor(arguments.at_once) as pool:
         measured = list(
             pool.map(lambda run: measure(run, arguments.work, share, plans[run.name]["device_bytes"]), runs)

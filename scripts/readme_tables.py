@@ -265,7 +265,7 @@ def blind_rows(record: Mapping[str, Any]) -> list[list[str]]:
     """The blind runs: what they took, and how far off the plan was that was made before."""
     errors = [heading for label in KINDS.values() for heading in (label, f"error of {label.removeprefix('peak ')}")]
     rows = [["run", "tokens at once", *errors]]
-    for run in _planned_runs(record, is_blind=True):
+    for run in _planned_runs(record, "blind_again"):
         cells = [f"`{run['name']}`", f"{run['num_tokens']:,}"]
         for kind in KINDS:
             cells += [format_bytes(run["measured"][f"{kind}_bytes"]), _error(run["before"], kind)]
@@ -273,13 +273,14 @@ def blind_rows(record: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def compared_rows(record: Mapping[str, Any], *, is_blind: bool) -> list[list[str]]:
+def compared_rows(record: Mapping[str, Any], part: str) -> list[list[str]]:
     """Each run with its settings: measured, planned with today's code, the errors; of blind ones those before too."""
+    is_blind = part != "built"
     heading = ["run", "model", "settings", "tokens at once"]
     for label in KINDS.values():
         heading += [label, "planned", "error", *(["error before"] if is_blind else [])]
     rows = [heading]
-    for run in _planned_runs(record, is_blind=is_blind):
+    for run in _planned_runs(record, part):
         cells = [f"`{run['name']}`", f"`{run['model']}`", settings_in_words(run), f"{run['num_tokens']:,}"]
         for kind in KINDS:
             cells += [format_bytes(side[f"{kind}_bytes"]) for side in (run["measured"], run["planned"])]
@@ -310,8 +311,8 @@ def settings_in_words(run: Mapping[str, Any]) -> str:
     return ", ".join(words) or "the defaults"
 
 
-def _planned_runs(record: Mapping[str, Any], *, is_blind: bool) -> list[Mapping[str, Any]]:
-    return [run for run in record["figures"]["runs"] if run["is_blind"] == is_blind]
+def _planned_runs(record: Mapping[str, Any], part: str) -> list[Mapping[str, Any]]:
+    return [run for run in record["figures"]["runs"] if run["part"] == part]
 
 
 def _close_and_worst(told: Mapping[str, Any], kind: str) -> tuple[str, str]:
@@ -324,16 +325,17 @@ def _error(said: Mapping[str, Any], kind: str) -> str:
 
 KINDS = {"allocated": "peak allocated", "reserved": "peak reserved", "device": "device used"}
 SUMMARIES = {
-    "blind_before": "blind, planned before they were measured",
-    "blind_now": "blind, planned with today's code",
+    "blind_before": "first blind runs, planned before they were measured",
+    "blind_again_before": "second blind runs, planned before they were measured",
     "all_now": "all, planned with today's code",
 }
 PLANNED: Mapping[str, Callable[[Mapping[str, Any]], list[list[str]]]] = {
     "planned_summary": summary_rows,
     "planned_worst": worst_rows,
     "planned_blind": blind_rows,
-    "planned_blind_compared": lambda record: compared_rows(record, is_blind=True),
-    "planned_built_compared": lambda record: compared_rows(record, is_blind=False),
+    "planned_again_compared": lambda record: compared_rows(record, "blind_again"),
+    "planned_blind_compared": lambda record: compared_rows(record, "blind"),
+    "planned_built_compared": lambda record: compared_rows(record, "built"),
     "planned_sources": source_rows,
 }
 """Tables of `benchmarks/results/planned_runs.json`, which `benchmarks/planned_runs.py` writes."""

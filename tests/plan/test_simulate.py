@@ -117,7 +117,7 @@ def test_of_a_validation_only_the_workspaces_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["smolvlm2-2.2b-2048", "qwen2-vl-2b-1024"])
 def test_it_says_what_a_gpu_took(name: str) -> None:
     measured = read_measured([MEASURED])[name]
-    row = comparison_row(predict(next(run for run in BUILT if run.name == name)), measured, None)
+    row = comparison_row(predict(next(run for run in BUILT if run.name == name)), measured, "built", None)
     assert row["num_tokens"] == measured["num_tokens"]
     assert abs(row["errors"]["allocated"]) < 0.01
     assert abs(row["errors"]["reserved"]) < 0.03

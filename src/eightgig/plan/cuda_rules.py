@@ -47,11 +47,11 @@ class CudaRules:
     @contextlib.contextmanager
     def around(self, func: Any, args: tuple[Any, ...], keywords: Mapping[str, Any], ledger: Ledger) -> Iterator[None]:
         """Around the operation `func` and its outputs: what its kernel takes while it runs."""
-        self._take_workspaces(func, args, keywords, ledger)
         taken = []
         if func is _GEMM_4BIT and math.prod(args[0].shape[:-1]) > FUSED_GEMM_MAX_ROWS:
             taken = self._dequantised(args, keywords, ledger)
         yield
+        self._take_workspaces(func, args, keywords, ledger)  # cuBLAS is called when the output is there
         if func is _ATTENTION_BACKWARD:
             taken.append(ledger.alloc(_attention_workspace_bytes(args), LAYER_AT_WORK))
         for block in reversed(taken):
