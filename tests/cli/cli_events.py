@@ -21,7 +21,7 @@ PLAN: dict[str, Any] = {
     "fits": True,
     "peak": {"allocated_bytes": 5 << 30, "reserved_bytes": 6 << 30, "device_bytes": 13 << 29, "moment": "train"},
     "breakdown": {"4-bit weights": 6 << 30, "CUDA context": 1 << 29},
-    "phases": {"load": 5 << 30, "validate": 6 << 30, "train": 13 << 29},
+    "phases": {"load": 5 << 30, "validate": 6 << 30, "train": 13 << 29, "save": 13 << 29},
     "workload": {
         "num_samples": 1,
         "num_images": 1,

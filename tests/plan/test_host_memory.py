@@ -1,4 +1,4 @@
-"""What lies on the host: input batches before they are moved, and the paged states of an optimizer."""
+"""What lies on the host: batches before they are moved, copies of what is saved, paged states of an optimizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from eightgig.data.batch import MicroBatch
 from eightgig.plan.cuda_rules import CudaRules
-from eightgig.plan.host_memory import HostBatch, keep_paged_states_on_host
+from eightgig.plan.host_memory import HostBatch, HostCopies, keep_paged_states_on_host
 from eightgig.plan.recorder import Recorder
 from eightgig.plan.trace import FREED, MemoryTrace
 
@@ -63,3 +63,20 @@ def test_another_optimizer_keeps_all_states_on_the_gpu() -> None:
     with recorder:
         optimizer.init_state(optimizer.param_groups[0], parameter, 0, 0)
     assert sizes(trace).count(200_000) == 2
+
+
+def test_of_what_is_saved_only_copies_on_the_card_count() -> None:
+    trace = MemoryTrace()
+    recorder = Recorder(trace, CudaRules((8, 6)))
+    with recorder:
+        weight = torch.ones(3, 5)
+        with HostCopies(recorder):
+            on_host = weight.t().detach().to("cpu", copy=True)
+            packed = on_host.contiguous()
+            numbers = torch.tensor([1, 2, 3]) + 1
+            on_card = weight.t().contiguous()
+        doubled = packed * 2  # behind it, the CPU stands for the card again
+    assert sizes(trace) == [3 * 5 * 4, 3 * 5 * 4, 3 * 5 * 4]
+    assert torch.equal(packed, on_card)
+    assert doubled.sum() == 30
+    assert numbers.tolist() == [2, 3, 4]

@@ -17,7 +17,7 @@ from eightgig.models.precision import Precision
 from eightgig.plan.cuda_rules import CudaRules
 from eightgig.plan.layer_memo import LayerMemo
 from eightgig.plan.recorder import Recorder
-from eightgig.plan.simulate import simulate
+from eightgig.plan.simulate import Simulator, simulate
 from eightgig.plan.trace import MemoryTrace
 from eightgig.plan.workload import largest_workload
 from eightgig.registry import ModelSpec, resolve
@@ -46,6 +46,29 @@ def test_a_tiny_model_of_six_layers(training: dict[str, Any], checkpointing: boo
         }
     )
     assert_equal_traces(config, resolve(config.model.name))
+
+
+def test_runs_on_one_simulator_are_those_on_their_own(tmp_path: Path) -> None:
+    """Layers that are known from one run are played in the next where no setting that concerns them differs."""
+    model = str(build_tiny_llava(tmp_path / "model", image_px=32, num_layers=4))
+    base = {"model": {"name": model}, "data": {"max_length": 40}}
+    configs = [
+        TrainingConfig.model_validate(
+            {**base, "training": training, "hardware": {"gradient_checkpointing": checkpointing}}
+        )
+        for training in ({"batch_size": 2}, {"batch_size": 1, "optimizer": "adamw"}, {"loss_chunk_tokens": 16})
+        for checkpointing in (True, False)
+    ]
+    spec = resolve(model)
+    works = [largest_workload(config, spec) for config in configs]
+    shared = Simulator(configs[0], spec, works[0].processor, BF16, (9, 0))
+    for config, work in zip(configs, works, strict=True):
+        together, alone = shared.run(config, work), simulate(config, spec, work, BF16, (9, 0))
+        assert together.trace.sizes_bytes == alone.trace.sizes_bytes
+        assert together.trace.blocks == alone.trace.blocks
+        assert together.trace.categories == alone.trace.categories
+        assert together.micro_batch_costs == alone.micro_batch_costs
+        assert together.update_costs == alone.update_costs
 
 
 @pytest.mark.parametrize("model", ["smolvlm2-2.2b", "qwen3-vl-2b"])

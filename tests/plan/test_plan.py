@@ -34,7 +34,7 @@ def test_a_tiny_model_fits_and_its_plan_is_json(tmp_path: Path) -> None:
     assert planned.budget_bytes == int(1.5 * GIB)
     found = json.loads(json.dumps(planned.to_json()))
     assert found["gpu"] == "2 GiB card"
-    assert set(found["phases"]) == {"load", "validate", "train"}
+    assert set(found["phases"]) == {"load", "validate", "train", "save"}
     assert found["peak"]["device_bytes"] == max(found["phases"].values())
     assert plan_run(config, vram_gib=0.5).fits is False
 

@@ -11,13 +11,15 @@ from benchmarks.planned_comparison import comparison_row, read_measured
 from benchmarks.planned_runs import BUILT, predict
 from tests.tiny import build_tiny_llava
 
+from eightgig.checkpoint.store import write_checkpoint
+from eightgig.checkpoint.training_state import training_state
 from eightgig.config import MixedPrecision, TrainingConfig
 from eightgig.memory.checkpointing import checkpoint_layers
 from eightgig.models.adapters import attach_adapters
 from eightgig.models.load import load_model
 from eightgig.models.precision import Precision
 from eightgig.plan.cuda_rules import LT_WORKSPACE_BYTES, WORKSPACE_BYTES, CudaRules
-from eightgig.plan.host_memory import HostBatch
+from eightgig.plan.host_memory import HostBatch, HostCopies
 from eightgig.plan.recorder import Recorder
 from eightgig.plan.simulate import simulate
 from eightgig.plan.trace import FREED, MemoryTrace
@@ -27,6 +29,7 @@ from eightgig.step.build import build_compute, build_step
 
 MEASURED = Path(benchmarks.planned_runs.__file__).parent / "results" / "planned_runs_measured_built.json"
 CARD = (8, 6)
+CPU = torch.device("cpu")
 FP32 = Precision(compute_dtype=torch.float32, mixed_precision=MixedPrecision.FP32, note=None)
 
 
@@ -71,6 +74,60 @@ def real_trace(config: TrainingConfig, spec: ModelSpec) -> MemoryTrace:
             step.apply(step.finish_gradients())
         trace.mark("end")
     return trace
+
+
+def growth_of_saving(trace: MemoryTrace) -> int:
+    """The most bytes live in the phase `save` beyond those at its beginning."""
+    first = next(event for event, name in trace.marks if name == "save")
+    sizes: dict[int, int] = {}
+    live, lives = 0, [0]  # before each event, and after the last
+    for block, size in trace:
+        live -= sizes.pop(block) if size == FREED else -size
+        if size != FREED:
+            sizes[block] = size
+        lives.append(live)
+    return max(lives[first:]) - lives[first]
+
+
+def real_save(config: TrainingConfig, spec: ModelSpec, folder: Path) -> MemoryTrace:
+    """A checkpoint of `config` written after a step with real weights on the CPU, recorded."""
+    loaded = load_model(config, spec, CPU, FP32)
+    attach_adapters(loaded, config)
+    model = loaded.model
+    step = build_step(config, spec, model, build_compute(config, CPU, FP32), num_steps=2)
+    batch = largest_workload(config, spec).batch
+    step([batch], batch.num_target_tokens)
+    step.apply(step.finish_gradients())
+    trace = MemoryTrace()
+    recorder = Recorder(trace, CudaRules(CARD))
+    states = [value for state in step.optimizer.state.values() for value in state.values()]
+    codes = [p.quant_state.state2.code for p in model.parameters() if hasattr(p, "quant_state")]
+    with recorder:
+        recorder._note([*model.parameters(), *model.buffers(), *states, *codes])
+        trace.mark("save")
+        with HostCopies(recorder):
+            write_checkpoint(folder, step=1, model=model, state=training_state(step), fingerprint={})
+    return trace
+
+
+@pytest.mark.parametrize(("method", "codes"), [("qlora", 1), ("lora", 0), ("full", 0)])
+def test_saving_takes_what_the_real_one_takes(method: str, codes: int, tmp_path: Path) -> None:
+    """Of each 4-bit weight bitsandbytes copies the table of its scales, 256 numbers, on the card; all else is copied to
+    the host.
+    """
+    config = TrainingConfig.model_validate(
+        {
+            "model": {"name": str(build_tiny_llava(tmp_path / "model", image_px=32))},
+            "data": {"max_length": 48},
+            "training": {"method": method, "optimizer": "adamw_8bit"},
+        }
+    )
+    spec = resolve(config.model.name)
+    simulation = simulate(config, spec, largest_workload(config, spec), FP32, CARD)
+    grown_bytes = growth_of_saving(simulation.trace)
+    assert grown_bytes == growth_of_saving(real_save(config, spec, tmp_path / "checkpoints"))
+    num_layers, weights_a_layer, table_bytes = 2, 7, 256 * 4
+    assert grown_bytes == codes * num_layers * weights_a_layer * table_bytes
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

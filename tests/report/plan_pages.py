@@ -32,7 +32,7 @@ PLAN: dict[str, Any] = {
         "allocator overhead": 512 * MIB,
         "CUDA context": 512 * MIB,
     },
-    "phases": {"load": 4 * GIB, "validate": 5 * GIB, "train": 6 * GIB},
+    "phases": {"load": 4 * GIB, "validate": 5 * GIB, "train": 6 * GIB, "save": 6 * GIB},
     "workload": {"num_samples": 2, "num_tokens": 2176},
     "config": {"preset": "ultra_low_memory", "data": {"max_length": 512, "val_path": None}, "seed": 42},
     "levers": (),

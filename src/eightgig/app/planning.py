@@ -19,6 +19,7 @@ from eightgig.app.measured_rates import rates_at_hand
 from eightgig.app.plan_cache import plan_cache, plan_key
 from eightgig.config import DataConfig, TrainingConfig
 from eightgig.core.errors import UnsupportedModel
+from eightgig.core.garbage import collector_paused
 from eightgig.core.units import GIB
 from eightgig.data.quarantine import Quarantine
 from eightgig.data.sets import read_data
@@ -172,7 +173,9 @@ def _question(config: TrainingConfig, card: CardWanted) -> Question:
 
 def _answer(question: Question, data: UserData | None) -> Plan:
     spec = resolve(question.config.model.name, question.config.model.revision)
-    from eightgig.plan.workload import largest_workload
+    with collector_paused():
+        from eightgig.plan.search import search  # noqa: F401 - with all that planning needs; it takes seconds
+        from eightgig.plan.workload import largest_workload
 
     rates = rates_at_hand(question.gpu, question.driver)
     if data is None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 ADAPTER_FOLDER = "adapter"
 FULL_WEIGHTS = "trainable.safetensors"
@@ -32,8 +32,15 @@ def save_trainable(model: nn.Module, folder: Path) -> None:
     if isinstance(model, PeftModel):
         write_adapter(model, folder / ADAPTER_FOLDER)
         return
-    weights = {name: value.detach().to("cpu", copy=True) for name, value in trainable_parameters(model).items()}
-    save_file(weights, folder / FULL_WEIGHTS)
+    save_file(weights_to_save(model), folder / FULL_WEIGHTS)
+
+
+def weights_to_save(model: nn.Module) -> dict[str, Tensor]:
+    """What `save_trainable` writes: adapters where they lie, as PEFT collects them; else copies on the host."""
+    if isinstance(model, PeftModel):
+        collected: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+        return collected
+    return {name: value.detach().to("cpu", copy=True) for name, value in trainable_parameters(model).items()}
 
 
 def load_trainable(model: nn.Module, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 from eightgig.config.loading import validated
 from eightgig.core.errors import ConfigError
 from eightgig.models.least_memory import CONTEXT_BYTES
-from eightgig.plan.allocator import AllocatorResult
 from eightgig.plan.card_rates import CardRates
-from eightgig.plan.plan import capability_of, place, planned_precision, time_of
-from eightgig.plan.simulate import Simulation, Simulator
-from eightgig.plan.step_time import PlannedTime
+from eightgig.plan.plan import Placed, capability_of, place, planned_precision, time_of
+from eightgig.plan.simulate import Simulator
 from eightgig.plan.workload import Workload
 
 if TYPE_CHECKING:
@@ -29,20 +28,10 @@ WorkloadOf = Callable[["TrainingConfig"], Workload]
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One variant.
-
-    Attributes:
-        fits: None without a limit.
-        time: None where the card's rates are not known.
-    """
+class Candidate(Placed):
+    """One variant: `config`, simulated and held against the card."""
 
     config: TrainingConfig
-    work: Workload
-    simulation: Simulation
-    result: AllocatorResult
-    fits: bool | None
-    time: PlannedTime | None
 
     @property
     def device_bytes(self) -> int:
@@ -61,19 +50,23 @@ class Candidates:
         budget_bytes: int,
         workload_of: WorkloadOf,
         rates: CardRates | None,
-        *,
-        validates: bool = False,
     ) -> None:
-        """Build the model; `validates`: simulate validation too, without which a variant may seem to fit."""
+        """Build the model."""
         self.config = config
         self.gpu = gpu
         self.budget_bytes = budget_bytes
         self.rates = rates
         self._workload_of = workload_of
-        self._validates = validates
+        self._validates = False
         self._known: dict[tuple[tuple[str, Any], ...], Candidate | None] = {}
         work = workload_of(config)
         self._simulator = Simulator(config, spec, work.processor, planned_precision(config, gpu), capability_of(gpu))
+
+    def with_validation(self) -> Candidates:
+        """The same on the same model, but validation is simulated too, without which a variant may seem to fit."""
+        whole = copy.copy(self)
+        whole._validates, whole._known = True, {}
+        return whole
 
     def get(self, changes: Changes) -> Candidate | None:
         """The variant with `changes`; None where they contradict settings that stay.
@@ -93,7 +86,7 @@ class Candidates:
         work = self._workload_of(config)
         simulation = self._simulator.run(config, work, validates=self._validates)
         result, fits = place(simulation, config, self.gpu, self.budget_bytes)
-        return Candidate(config, work, simulation, result, fits, time_of(simulation, config, work, self.rates))
+        return Candidate(work, simulation, result, fits, time_of(simulation, config, work, self.rates), config)
 
 
 def with_changes(config: TrainingConfig, changes: Changes) -> TrainingConfig | None:

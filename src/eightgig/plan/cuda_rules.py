@@ -26,6 +26,7 @@ _GEMM_4BIT = torch.ops.bitsandbytes.gemm_4bit.default
 _PRODUCTS = {aten.mm.default, aten.bmm.default, aten.baddbmm.default}
 _PRODUCTS_WITH_BIAS = {aten.addmm.default}
 _ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_CONCERNED = frozenset({_GEMM_4BIT, _ATTENTION_BACKWARD, *_PRODUCTS, *_PRODUCTS_WITH_BIAS})
 
 # torch's default CUBLAS_WORKSPACE_CONFIG, `:4096:2:16:8` (KiB and how many), and 32 MiB from Hopper on.
 WORKSPACE_BYTES = 2 * 4096 * 1024 + 8 * 16 * 1024
@@ -43,6 +44,10 @@ class CudaRules:
     def __init__(self, compute_capability: tuple[int, int]) -> None:
         is_large = compute_capability >= HOPPER
         self._workspace_bytes = WORKSPACE_BYTES_HOPPER if is_large else WORKSPACE_BYTES
+
+    def concern(self, func: Any) -> bool:
+        """Whether `func` takes anything that its outputs don't show."""
+        return func in _CONCERNED
 
     @contextlib.contextmanager
     def around(self, func: Any, args: tuple[Any, ...], keywords: Mapping[str, Any], ledger: Ledger) -> Iterator[None]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from eightgig.data.batch import MicroBatch
 from eightgig.plan.recorder import Recorder
+
+_CPU = torch.device("cpu")
+_COPY = torch.ops.aten._to_copy.default
 
 MIN_PAGED_ELEMENTS = 100_000  # bitsandbytes' `Optimizer8bit.get_state_buffer`: smaller states are ordinary tensors
 
@@ -29,6 +35,33 @@ class HostBatch(MicroBatch):
         copies = {name: _copied(tensor, self.model_inputs[name]) for name, tensor in moved.model_inputs.items()}
         values = {field.name: getattr(moved, field.name) for field in fields(moved)}
         return MicroBatch(**{**values, "model_inputs": copies, "labels": _copied(moved.labels, self.labels)})
+
+
+class HostCopies(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Leaves copies to the host out of the record, and what is made of them; for code that saves.
+
+    There `.to("cpu")` and tensors made of Python's numbers lie on the host, though the simulated GPU is the CPU too. A
+    tensor that the record does not know lies there as well.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._recorder = recorder
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        keywords = kwargs or {}
+        read = [leaf for leaf in tree_leaves((args, keywords)) if isinstance(leaf, Tensor)]
+        is_copy = func is _COPY and keywords.get("device") == _CPU
+        if not is_copy and any(self._recorder.block_of(tensor) is not None for tensor in read):
+            return func(*args, **keywords)
+        with self._recorder.paused():
+            return func(*args, **keywords)
 
 
 def keep_paged_states_on_host(optimizer: Optimizer, recorder: Recorder) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ class LayerMemo:
             layer.forward = self._remembered(layer, layer.forward)
 
     def _remembered(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        parameters = dict(layer.named_parameters())
+
         @functools.wraps(forward)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             # Autocast keeps cast weights beyond the layer. A layer within a recorded one is on its tape.
@@ -51,12 +53,17 @@ class LayerMemo:
                 return self._untaped(forward, args, kwargs)
             leaves, structure = tree_flatten((args, kwargs))
             try:
-                key = (module_signature(layer), arguments_signature(leaves), structure, torch.is_grad_enabled())
+                key = (
+                    module_signature(layer, parameters.values()),
+                    arguments_signature(leaves),
+                    structure,
+                    torch.is_grad_enabled(),
+                )
             except Unlike:
                 return self._untaped(forward, args, kwargs)
             if key not in self._recordings:
                 self._recordings[key] = self._record(layer, forward, leaves, structure)
-            return self._play(self._recordings[key], layer, leaves)
+            return self._play(self._recordings[key], parameters, leaves)
 
         return wrapped
 
@@ -80,12 +87,12 @@ class LayerMemo:
         finally:
             self._is_recording = False
 
-    def _play(self, recording: LayerRecording, layer: nn.Module, leaves: Sequence[Any]) -> Any:
+    def _play(self, recording: LayerRecording, parameters: Mapping[str, nn.Parameter], leaves: Sequence[Any]) -> Any:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if recording.has_backward:
             # Without a parameter among its inputs autograd would not know that a first layer learns.
-            anchor = next((parameter for parameter in layer.parameters() if parameter.requires_grad), None)
-            outputs = _PlayedLayer.apply(self.recorder, recording, layer, anchor, *tensors)  # type: ignore[no-untyped-call]
+            anchor = next((parameter for parameter in parameters.values() if parameter.requires_grad), None)
+            outputs = _PlayedLayer.apply(self.recorder, recording, parameters, anchor, *tensors)  # type: ignore[no-untyped-call]
         else:
             live: dict[int, int] = {}
             category = self.recorder.category if self.recorder.category != OTHER else LAYER_AT_WORK
@@ -104,11 +111,11 @@ class _PlayedLayer(torch.autograd.Function):
         ctx: Any,
         recorder: Recorder,
         recording: LayerRecording,
-        layer: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
         anchor: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.recorder, ctx.recording, ctx.layer = recorder, recording, layer
+        ctx.recorder, ctx.recording, ctx.parameters = recorder, recording, parameters
         live: dict[int, int] = {}
         ctx.live = live
         play(recording.forward, recorder.ledger, live, _ignore)
@@ -140,14 +147,13 @@ class _PlayedLayer(torch.autograd.Function):
 
         play(recording.backward, recorder.ledger, live, let_go)
         _add(recorder.costs, recording.backward_costs)
-        parameters = dict(ctx.layer.named_parameters())
+        parameters = ctx.parameters
         fresh = _hand_out(recorder, [shape for _, shape in recording.parameter_gradients], live)
         for (name, _), gradient in zip(recording.parameter_gradients, fresh, strict=True):
             parameters[name].grad = gradient
         places = [i for i, shape in enumerate(recording.input_gradients) if shape is not None]
         handed = _hand_out(recorder, [shape for shape in recording.input_gradients if shape is not None], live)
         by_place = dict(zip(places, handed, strict=True))
-        ctx.layer = None
         return None, None, None, None, *[by_place.get(i) for i in range(len(recording.inputs))]
 
 

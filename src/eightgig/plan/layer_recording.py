@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from eightgig.plan.categories import OTHER
+from eightgig.plan.fake_ops import fresh_fake, span_bytes
 from eightgig.plan.layer_signature import Unlike
 from eightgig.plan.op_costs import OpCost
 from eightgig.plan.recorder import Recorder
@@ -96,18 +97,12 @@ def record_layer(
 
 def make_tensor(shape: TensorShape) -> Tensor:
     """A fake tensor of `shape`."""
-    with shape.mode:
-        num_elements = shape.storage_bytes // shape.dtype.itemsize
-        whole = torch.empty(num_elements, dtype=shape.dtype)
-        lies_flat = shape.offset == 0 and whole.untyped_storage().nbytes() == _span_bytes(shape)
-        if lies_flat:
-            return torch.empty_strided(shape.size, shape.stride, dtype=shape.dtype)
-        return whole.as_strided(shape.size, shape.stride, shape.offset)
-
-
-def _span_bytes(shape: TensorShape) -> int:
-    last = sum((size - 1) * stride for size, stride in zip(shape.size, shape.stride, strict=True))
-    return (last + 1) * shape.dtype.itemsize
+    num_elements = shape.storage_bytes // shape.dtype.itemsize
+    spans_all = num_elements * shape.dtype.itemsize == span_bytes(shape.size, shape.stride, shape.dtype)
+    if shape.offset == 0 and spans_all:
+        return fresh_fake(shape.mode, shape.size, shape.stride, shape.dtype)
+    whole = fresh_fake(shape.mode, (num_elements,), (1,), shape.dtype)
+    return whole.as_strided(shape.size, shape.stride, shape.offset)
 
 
 class _Session:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +19,16 @@ class Unlike(Exception):
     """The call has an argument whose effect on allocations is not known."""
 
 
-def module_signature(layer: nn.Module) -> tuple[Any, ...]:
-    """Classes, plain attributes, parameters and buffers of `layer` and all in it, and which gradients it has."""
+def module_signature(layer: nn.Module, parameters: Iterable[nn.Parameter]) -> tuple[Any, ...]:
+    """Classes, plain attributes, parameters and buffers of `layer` and all in it, and which gradients it has.
+
+    `parameters` are those of `layer`, which takes long to find out.
+    """
     known = layer.__dict__.get("_planned_signature")
     if known is None:
         known = tuple(_of_module(name, module) for name, module in layer.named_modules())
         object.__setattr__(layer, "_planned_signature", known)
-    return (known, layer.training, tuple(parameter.grad is not None for parameter in layer.parameters()))
+    return (known, layer.training, tuple(parameter.grad is not None for parameter in parameters))
 
 
 def arguments_signature(leaves: Sequence[Any]) -> tuple[Any, ...]:

@@ -86,7 +86,7 @@ class Plan:
         budget_bytes: the card's memory less what is kept free, None without a card.
         fits: None without a card.
         breakdown: bytes of each category at the peak; they add up to `peak.device_bytes`.
-        phases: peak device bytes of loading, training and validation.
+        phases: peak device bytes of loading, validation, training and saving.
         workload: tokens, image tokens among them, of one planned micro-batch, and its samples.
         config: the settings that were planned.
         levers: settings that save memory, and what each costs.
@@ -143,18 +143,42 @@ def plan(
     simulation = simulate(config, spec, work, planned_precision(config, gpu), capability_of(gpu))
     budget_bytes = None if gpu is None else gpu.vram_bytes - reserve_bytes
     result, fits = place(simulation, config, gpu, budget_bytes)
+    time = time_of(simulation, config, work, rates or card_rates(gpu))
+    return told(config, spec, gpu, budget_bytes, Placed(work, simulation, result, fits, time))
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A run that was simulated and held against a card.
+
+    Attributes:
+        fits: None without a limit.
+        time: None where the card's rates are not known.
+    """
+
+    work: Workload
+    simulation: Simulation
+    result: AllocatorResult
+    fits: bool | None
+    time: PlannedTime | None
+
+
+def told(
+    config: TrainingConfig, spec: ModelSpec, gpu: GpuFacts | None, budget_bytes: int | None, placed: Placed
+) -> Plan:
+    """The plan of `config`, whose run with validation is `placed`."""
     return Plan(
         model=spec.name,
         method=config.training.method.value,
         gpu=None if gpu is None else gpu.name,
         budget_bytes=budget_bytes,
-        fits=fits,
-        peak=_peak(result),
-        breakdown=_breakdown(simulation, result),
-        phases=_phases(result),
-        workload=workload_sizes(work),
+        fits=placed.fits,
+        peak=_peak(placed.result),
+        breakdown=_breakdown(placed.simulation, placed.result),
+        phases=_phases(placed.result),
+        workload=workload_sizes(placed.work),
         config=config.model_dump(mode="json"),
-        time=time_of(simulation, config, work, rates or card_rates(gpu)),
+        time=placed.time,
     )
 
 

@@ -16,9 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 from eightgig.plan.categories import OTHER
 from eightgig.plan.cuda_rules import CudaRules
+from eightgig.plan.fake_ops import FakeOps
 from eightgig.plan.op_costs import OpCost, op_cost
 
 aten = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default
 _READ_SCALAR = aten._local_scalar_dense.default
 _INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
@@ -63,6 +65,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.category = OTHER
         self.costs: Counter[OpCost] | None = None
         self._rules = rules
+        self._fake_ops = FakeOps()
         self._is_paused = False
         # The address of a live storage's C++ object -> where it is written down, and what frees it there.
         self._entries: dict[int, tuple[Ledger, int, weakref.finalize[Any, Any]]] = {}
@@ -74,21 +77,32 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        keywords = dict(kwargs or {})
+        if func is _DEVICE and not args[0].fake_mode.in_kernel_invocation:
+            return args[0].fake_device  # asked more often than all else together
+        keywords = kwargs or {}
         if self._is_paused:
-            return func(*args, **keywords)
+            return self._fake_ops.call(func, types, args, keywords)
         if func is _READ_SCALAR and isinstance(args[0], FakeTensor):
             return self.flag if args[0].dtype == torch.bool else torch.zeros((), dtype=args[0].dtype).item()
         if func in _INDEXING:
             args = (args[0], _positions(args[1]), *args[2:])
-        with self._rules.around(func, args, keywords, self.ledger):
-            output = func(*args, **keywords)
+        if self._rules.concern(func):
+            with self._rules.around(func, args, keywords, self.ledger):
+                output = self._fake_ops.call(func, types, args, keywords)
+                self._note(output)
+        else:
+            output = self._fake_ops.call(func, types, args, keywords)
             self._note(output)
         if self.costs is not None:
             cost = op_cost(func, args, keywords, output)
             if cost is not None:
                 self.costs[cost] += 1
         return output
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing is compiled here, and torch's guard around each operation takes as long as writing it down."""
+        return False
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -138,8 +152,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ledger = ledger
 
     def _note(self, output: Any) -> None:
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+        leaves = (output,) if isinstance(output, Tensor) else tree_leaves(output)
+        for tensor in leaves:
+            if isinstance(tensor, Tensor) and _device(tensor).type != "meta":
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._entries:
                     self.enter(tensor, self.ledger.alloc(storage.nbytes(), self.category))
@@ -147,6 +162,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _free(self, address: int) -> None:
         ledger, block, _ = self._entries.pop(address)
         ledger.free(block)
+
+
+def _device(tensor: Tensor) -> torch.device:
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
 
 
 def _positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from eightgig.plan.candidates import Candidate, Candidates, Changes, WorkloadOf
 from eightgig.plan.card_rates import CardRates
 from eightgig.plan.levers import levers_of
-from eightgig.plan.plan import Alternative, Plan, card_rates, plan
+from eightgig.plan.plan import Alternative, Plan, card_rates, told
 
 if TYPE_CHECKING:
     from eightgig.config import TrainingConfig
@@ -82,12 +82,12 @@ def search(
     """
     request = Request(config, spec, gpu, reserve_bytes, fixed, workload_of, rates or card_rates(gpu))
     candidates = Candidates(config, spec, gpu, request.budget_bytes, workload_of, request.rates)
-    for changes, found in sorted(_fitting(request, candidates), key=lambda pair: _seconds(pair[1])):
-        planned = _plan(request, found)
+    whole = candidates.with_validation()
+    for changes, _ in sorted(_fitting(request, candidates), key=lambda pair: _seconds(pair[1])):
+        planned = _plan(request, whole, changes)
         if planned.fits:
             return replace(planned, levers=levers_of(candidates, changes))
-    planned = _plan(request, None)
-    whole = Candidates(config, spec, gpu, request.budget_bytes, workload_of, request.rates, validates=True)
+    planned = _plan(request, whole, {})
     return replace(planned, alternatives=tuple(_alternatives(request, whole)))
 
 
@@ -127,17 +127,11 @@ def _seconds(found: Candidate) -> float:
     return float(found.config.training.gradient_accumulation_steps)
 
 
-def _plan(request: Request, found: Candidate | None) -> Plan:
-    """The whole plan, with validation, of what was found, or of the settings as they are."""
-    config = request.config if found is None else found.config
-    return plan(
-        config,
-        request.spec,
-        request.gpu,
-        reserve_bytes=request.reserve_bytes,
-        workload=request.workload_of(config) if found is None else found.work,
-        rates=request.rates,
-    )
+def _plan(request: Request, whole: Candidates, changes: Changes) -> Plan:
+    """The whole plan, with validation, of the variant with `changes`, which can be had."""
+    found = whole.get(changes)
+    assert found is not None
+    return told(found.config, request.spec, request.gpu, request.budget_bytes, found)
 
 
 def _alternatives(request: Request, candidates: Candidates) -> Iterator[Alternative]:

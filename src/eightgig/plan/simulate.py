@@ -1,4 +1,4 @@
-"""The memory of a run, found by running its own code on fake tensors: load, validate, two optimizer steps, validate."""
+"""The memory of a run, found by running its own code on fake tensors: load, validate, two steps, validate, save."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
+from eightgig.checkpoint.codec import to_json_and_tensors
+from eightgig.checkpoint.training_state import training_state
 from eightgig.core.errors import UnsupportedModel
+from eightgig.core.garbage import collector_paused, present_objects_kept
 from eightgig.data.collate import collate
 from eightgig.evaluate.generate import answer_batch, first_exchange
 from eightgig.evaluate.loss import validation_loss
 from eightgig.models.precision import Precision
+from eightgig.models.trainable import weights_to_save
 from eightgig.plan.categories import GRADIENTS, OPTIMIZER, OTHER
 from eightgig.plan.cuda_functions import fuse_dropout
 from eightgig.plan.cuda_rules import CudaRules
 from eightgig.plan.fake_model import CPU, CUDA, build_fake
-from eightgig.plan.host_memory import HostBatch, keep_paged_states_on_host
+from eightgig.plan.host_memory import HostBatch, HostCopies, keep_paged_states_on_host
 from eightgig.plan.layer_memo import LayerMemo
 from eightgig.plan.op_costs import OpCost
 from eightgig.plan.parts import label_weights, tell_parts
@@ -44,13 +48,16 @@ NUM_STEPS = 2  # optimizer states appear in the first; the second is what all la
 
 MAX_MICRO_BATCHES = 2  # the first makes the gradients, the second finds them there, as all later ones do
 
+OUTSIDE_LAYERS = {"batch_size", "gradient_accumulation_steps", "optimizer", "loss_chunk_tokens"}
+"""Settings of `training` that change nothing within a layer but the shapes of what it is given."""
+
 
 @dataclass(frozen=True)
 class Simulation:
     """What a simulated run allocated.
 
     Attributes:
-        trace: with the phases load, validate, train and validate.
+        trace: with the phases load, validate, train, validate and save.
         weights_4bit_bytes: with their scales.
         num_4bit_parameters: how many weights are stored in 4 bits.
         micro_batch_costs: forward and backward pass of one micro-batch, each kind of operation with how often it runs.
@@ -82,20 +89,23 @@ class Simulator:
     ) -> None:
         """Build the model, which needs neither weights nor a GPU.
 
-        With `remembers_layers` equal layers are simulated once, with the same trace as without.
+        With `remembers_layers` equal layers are simulated once for all runs, with the same traces as without.
         """
         self._spec = spec
         self._precision = precision
-        self._remembers_layers = remembers_layers
+        self._memos: dict[str, LayerMemo] | None = {} if remembers_layers else None
         self._loading = MemoryTrace()
         self._loading.mark("load")
         self._recorder = Recorder(self._loading, CudaRules(compute_capability))
-        self._model = build_fake(config, spec, processor, precision, self._recorder)
+        with collector_paused():
+            self._model = build_fake(config, spec, processor, precision, self._recorder)
         label_weights(self._model, self._recorder)
         tell_parts(self._model, spec, self._recorder)
 
     def run(self, config: TrainingConfig, work: Workload, *, validates: bool = True) -> Simulation:
-        """Simulate `config` with the batch of `work` as every micro-batch; `validates`: before and after training too.
+        """Simulate `config` with the batch of `work` as every micro-batch.
+
+        `validates`: with all that stands around training: validation before and after it, and saving at the end.
 
         Raises:
             UnsupportedModel: the model's code takes decisions from values, which are not there.
@@ -103,8 +113,10 @@ class Simulator:
         forwards = {module: vars(module).get("forward") for module in self._model.modules()}
         trace = self._loading.copy()
         self._recorder.continue_in(trace)
+        self._recorder.category = OTHER
         try:
-            return self._run(config, work, trace, validates=validates)
+            with present_objects_kept():
+                return self._run(config, work, trace, validates=validates)
         except _ASKS_FOR_VALUES as error:
             raise UnsupportedModel(
                 f"{self._spec.name} can't be planned: its code asks for the values of tensors ({error})",
@@ -124,8 +136,8 @@ class Simulator:
         model, spec = self._model, self._spec
         fuse_dropout(model)
         checkpoint_as_configured(config, spec, model)
-        if self._remembers_layers:
-            LayerMemo(self._recorder).wrap(model)
+        if self._memos is not None:
+            self._memos.setdefault(_layer_settings(config), LayerMemo(self._recorder)).wrap(model)
         compute = replace(build_compute(config, CUDA, self._precision), device=CPU)
         step = build_step(config, spec, model, compute, num_steps=NUM_STEPS, optimizer_device=CUDA)
         keep_paged_states_on_host(step.optimizer, self._recorder)
@@ -150,8 +162,16 @@ class Simulator:
             if validates:
                 trace.mark("validate")
                 self._validate(work, compute)
+                trace.mark("save")
+                self._save(step)
         costs = {cost: count / num_micro_batches for cost, count in micro_batches.items()}
         return _result(trace, model, costs, update)
+
+    def _save(self, step: TrainingStep) -> None:
+        """A checkpoint's tensors, collected as `checkpoint.store` does before it writes them."""
+        with HostCopies(self._recorder):
+            weights_to_save(self._model)
+            to_json_and_tensors(training_state(step))
 
     def _validate(self, work: Workload, compute: Compute) -> None:
         """A run's validation: the loss over a batch, and the first token of an answer to its prompts."""
@@ -180,6 +200,11 @@ def simulate(
         config, spec, work.processor, precision, compute_capability, remembers_layers=remembers_layers
     )
     return simulator.run(config, work)
+
+
+def _layer_settings(config: TrainingConfig) -> str:
+    """What of `config` may change how a layer runs: runs that have it in common share what is known of layers."""
+    return config.model_dump_json(exclude={"preset": True, "training": OUTSIDE_LAYERS})
 
 
 def _result(

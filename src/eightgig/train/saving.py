@@ -7,6 +7,7 @@ from pathlib import Path
 
 from eightgig.checkpoint.retention import prune, record_best
 from eightgig.checkpoint.store import read_checkpoint, write_checkpoint
+from eightgig.checkpoint.training_state import training_state
 from eightgig.train.journal import Journal
 from eightgig.train.run import Run
 from eightgig.train.run_folder import RunFolder
@@ -30,7 +31,7 @@ class Saver:
                     self._checkpoints,
                     step=step,
                     model=run.model,
-                    state=self._state(),
+                    state=training_state(run.step),
                     fingerprint=self._fingerprint,
                 )
             prune(self._checkpoints, keep_last=run.config.checkpoints.keep_last)
@@ -42,14 +43,6 @@ class Saver:
         run = self._run
         best = run.accelerator.is_main_process and record_best(self._checkpoints, step=step, loss=loss)
         return run.total_over_processes(int(best))[0] > 0
-
-    def _state(self) -> dict[str, object]:
-        step = self._run.step
-        return {
-            "optimizer": step.optimizer.state_dict(),
-            "scheduler": step.scheduler.state_dict(),
-            "scaler": step.scaler.state_dict() if step.scaler is not None else None,
-        }
 
 
 def resume_from_checkpoint(run: Run, path: Path, fingerprint: Mapping[str, str]) -> int:
