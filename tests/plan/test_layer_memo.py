@@ -48,6 +48,19 @@ def test_a_tiny_model_of_six_layers(training: dict[str, Any], checkpointing: boo
     assert_equal_traces(config, resolve(config.model.name))
 
 
+@pytest.mark.parametrize("num_checkpointed", [2, 4])
+def test_a_model_that_checkpoints_some_of_its_layers(num_checkpointed: int, tmp_path: Path) -> None:
+    config = TrainingConfig.model_validate(
+        {
+            "model": {"name": str(build_tiny_llava(tmp_path / "model", image_px=32, num_layers=6))},
+            "data": {"max_length": 40},
+            "training": {"gradient_accumulation_steps": 2, "lora": {"dropout": 0.1}},
+            "hardware": {"checkpointed_layers": num_checkpointed},
+        }
+    )
+    assert_equal_traces(config, resolve(config.model.name))
+
+
 @pytest.mark.parametrize("model", ["smolvlm2-2.2b", "qwen3-vl-2b"])
 def test_a_full_size_model(model: str) -> None:
     """Idefics' tower is frozen without a graph; Qwen3-VL adds the tower's features between the first layers."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import benchmarks.planned_runs
 import pytest
@@ -12,7 +14,6 @@ from benchmarks.planned_runs import BUILT, predict
 from tests.tiny import build_tiny_llava
 
 from eightgig.config import MixedPrecision, TrainingConfig
-from eightgig.memory.checkpointing import checkpoint_layers
 from eightgig.models.adapters import attach_adapters
 from eightgig.models.load import load_model
 from eightgig.models.precision import Precision
@@ -23,7 +24,7 @@ from eightgig.plan.simulate import simulate
 from eightgig.plan.trace import FREED, MemoryTrace
 from eightgig.plan.workload import largest_workload
 from eightgig.registry import ModelSpec, resolve
-from eightgig.step.build import build_compute, build_step
+from eightgig.step.build import build_compute, build_step, checkpoint_as_configured
 
 MEASURED = Path(benchmarks.planned_runs.__file__).parent / "results" / "planned_runs_measured_built.json"
 CARD = (8, 6)
@@ -55,8 +56,7 @@ def real_trace(config: TrainingConfig, spec: ModelSpec) -> MemoryTrace:
     device = torch.device("cpu")
     loaded = load_model(config, spec, device, FP32)
     attach_adapters(loaded, config)
-    if config.hardware.gradient_checkpointing:
-        checkpoint_layers(loaded.model, spec.family.decoder_layers(loaded.model), preserve_rng_state=False)
+    checkpoint_as_configured(config, spec, loaded.model)
     step = build_step(config, spec, loaded.model, build_compute(config, device, FP32), num_steps=2)
     batch = HostBatch.of(largest_workload(config, spec).batch)
     trace = MemoryTrace()
@@ -73,24 +73,43 @@ def real_trace(config: TrainingConfig, spec: ModelSpec) -> MemoryTrace:
     return trace
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_fake_tensors_take_what_real_ones_take(checkpointing: bool, tmp_path: Path) -> None:
-    config = TrainingConfig.model_validate(
+def settings_of(folder: Path, *, max_length: int = 48, **hardware: Any) -> TrainingConfig:
+    return TrainingConfig.model_validate(
         {
-            "model": {"name": str(build_tiny_llava(tmp_path / "model", image_px=32))},
-            "data": {"max_length": 48},
+            "model": {"name": str(build_tiny_llava(folder, image_px=32, num_layers=6))},
+            "data": {"max_length": max_length},
             "training": {
                 "batch_size": 3,
                 "gradient_accumulation_steps": 1,
                 "optimizer": "adamw_8bit",
                 "lora": {"dropout": 0.0},
             },
-            "hardware": {"gradient_checkpointing": checkpointing},
+            "hardware": hardware,
         }
     )
+
+
+def simulated_growth(config: TrainingConfig) -> list[int]:
     spec = resolve(config.model.name)
-    simulated = simulate(config, spec, largest_workload(config, spec), FP32, CARD)
-    assert growth_of_training(simulated.trace) == growth_of_training(real_trace(config, spec))
+    return growth_of_training(simulate(config, spec, largest_workload(config, spec), FP32, CARD).trace)
+
+
+@pytest.mark.parametrize(
+    "hardware", [{}, {"gradient_checkpointing": False}, {"checkpointed_layers": 1}, {"checkpointed_layers": 4}]
+)
+def test_fake_tensors_take_what_real_ones_take(hardware: dict[str, Any], tmp_path: Path) -> None:
+    config = settings_of(tmp_path / "model", **hardware)
+    assert simulated_growth(config) == growth_of_training(real_trace(config, resolve(config.model.name)))
+
+
+def test_each_layer_that_is_checkpointed_takes_the_same_off_the_peak(tmp_path: Path) -> None:
+    peaks = [
+        max(simulated_growth(settings_of(tmp_path / f"{n}", max_length=400, checkpointed_layers=n)))
+        for n in range(3, 7)
+    ]
+    steps = [before - after for before, after in itertools.pairwise(peaks)]
+    assert len(set(steps[:-1])) == 1
+    assert 0 <= steps[-1] < steps[0]  # one layer's activations are there in any case, if not beside the loss's
 
 
 def test_of_a_validation_only_the_workspaces_stay(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def _other_values() -> Iterator[tuple[str, Any, bool]]:
     yield "data.val_fraction", 0.1, False
     yield "hardware.mixed_precision", "fp32", False
     yield "hardware.gradient_checkpointing", False, False
+    yield "hardware.checkpointed_layers", 3, False
 
 
 @pytest.mark.parametrize(("path", "value", "may_change"), list(_other_values()))

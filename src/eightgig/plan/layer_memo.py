@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from eightgig.plan.categories import KEPT_FOR_BACKWARD, LAYER_AT_WORK, LAYER_OUTPUTS, OTHER
 from eightgig.plan.layer_recording import LayerRecording, TensorShape, make_tensor, record_layer
-from eightgig.plan.layer_signature import Unlike, arguments_signature, module_signature
+from eightgig.plan.layer_signature import Unlike, arguments_signature, forward_signature, module_signature
 from eightgig.plan.op_costs import OpCost
 from eightgig.plan.recorder import Ledger, Recorder
 from eightgig.plan.tape import play
@@ -44,6 +44,8 @@ class LayerMemo:
             layer.forward = self._remembered(layer, layer.forward)
 
     def _remembered(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        code = forward_signature(forward)
+
         @functools.wraps(forward)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             # Autocast keeps cast weights beyond the layer. A layer within a recorded one is on its tape.
@@ -51,7 +53,8 @@ class LayerMemo:
                 return self._untaped(forward, args, kwargs)
             leaves, structure = tree_flatten((args, kwargs))
             try:
-                key = (module_signature(layer), arguments_signature(leaves), structure, torch.is_grad_enabled())
+                call = (arguments_signature(leaves), structure, torch.is_grad_enabled())
+                key = (module_signature(layer), code, *call)
             except Unlike:
                 return self._untaped(forward, args, kwargs)
             if key not in self._recordings:

@@ -13,8 +13,9 @@ from eightgig.plan.candidates import Candidate, Candidates
 from eightgig.plan.op_costs import OpCost
 from eightgig.plan.plan import Lever, allocator_settings, time_of
 
-CHECKPOINTING, CHUNK, OPTIMIZER = (
+CHECKPOINTING, CHECKPOINTED_LAYERS, CHUNK, OPTIMIZER = (
     "hardware.gradient_checkpointing",
+    "hardware.checkpointed_layers",
     "training.loss_chunk_tokens",
     "training.optimizer",
 )
@@ -27,21 +28,25 @@ def levers_of(candidates: Candidates, changes: Mapping[str, Any]) -> tuple[Lever
     found = candidates.get(changes)
     assert found is not None
     levers = [*_weights(candidates, found), *_segments(candidates, found)]
-    for name, path, off in _settings(found):
-        without = candidates.get({**changes, path: off, "preset": None})  # a preset may forbid it; it is not planned
+    for name, off, note in _settings(found, candidates.num_decoder_layers):
+        without = candidates.get({**changes, **off, "preset": None})  # a preset may forbid it; it is not planned
         if without is not None:
-            levers += _lever(candidates, found, name, without.device_bytes, _step_s(without))
+            for lever in _lever(candidates, found, name, without.device_bytes, _step_s(without)):
+                levers.append(replace(lever, reason=f"{note}{lever.reason}"))
     return tuple(sorted(levers, key=lambda lever: -lever.saves_bytes))
 
 
-def _settings(found: Candidate) -> Iterator[tuple[str, str, object]]:
-    """Levers that are settings in use: their name, path, and the value without them."""
+def _settings(found: Candidate, num_layers: int) -> Iterator[tuple[str, dict[str, object], str]]:
+    """Levers that are settings in use: their name, the changes that leave them out, and what to say of them first."""
     config = found.config
-    if config.hardware.gradient_checkpointing:
-        yield "gradient checkpointing", CHECKPOINTING, False
+    hardware = config.hardware
+    if hardware.gradient_checkpointing:
+        twice = hardware.checkpointed_layers or num_layers
+        without: dict[str, object] = {CHECKPOINTING: False, CHECKPOINTED_LAYERS: None}
+        yield "gradient checkpointing", without, f"{twice} of {num_layers} layers are computed twice; "
     if config.training.optimizer is not OptimizerName.ADAMW:
-        yield "8-bit optimizer", OPTIMIZER, OptimizerName.ADAMW.value
-    yield "loss in chunks", CHUNK, WHOLE_LOSS_TOKENS
+        yield "8-bit optimizer", {OPTIMIZER: OptimizerName.ADAMW.value}, ""
+    yield "loss in chunks", {CHUNK: WHOLE_LOSS_TOKENS}, ""
 
 
 def _weights(candidates: Candidates, found: Candidate) -> Iterator[Lever]:

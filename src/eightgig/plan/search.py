@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from eightgig.plan.candidates import Candidate, Candidates, Changes, WorkloadOf
 from eightgig.plan.card_rates import CardRates
+from eightgig.plan.fewer_checkpointed import fewer_checkpointed
 from eightgig.plan.levers import levers_of
 from eightgig.plan.plan import Alternative, Plan, card_rates, plan
 
@@ -65,8 +66,9 @@ def search(
 ) -> Plan:
     """The plan of the fastest settings that fit, with its levers; of `config` as it is, with alternatives, if none do.
 
-    Searched are activation checkpointing, and how many samples go through at once where their number in a step stays
-    the same. Of settings equally fast the first stays, and `config` itself stands first.
+    Searched are activation checkpointing, how many samples go through at once where their number in a step stays the
+    same, and how many layers are checkpointed. Of settings equally fast the first stays, and `config` itself stands
+    first.
 
     Args:
         config: where to begin.
@@ -82,7 +84,9 @@ def search(
     """
     request = Request(config, spec, gpu, reserve_bytes, fixed, workload_of, rates or card_rates(gpu))
     candidates = Candidates(config, spec, gpu, request.budget_bytes, workload_of, request.rates)
-    for changes, found in sorted(_fitting(request, candidates), key=lambda pair: _seconds(pair[1])):
+    fitting = list(_fitting(request, candidates))
+    fitting = [*fewer_checkpointed(candidates, fitting, fixed), *fitting]  # the first of equally fast ones is taken
+    for changes, found in sorted(fitting, key=lambda pair: _seconds(pair[1])):
         planned = _plan(request, found)
         if planned.fits:
             return replace(planned, levers=levers_of(candidates, changes))

@@ -94,6 +94,11 @@ class Simulator:
         label_weights(self._model, self._recorder)
         tell_parts(self._model, spec, self._recorder)
 
+    @property
+    def num_decoder_layers(self) -> int:
+        """Decoder layers of the model."""
+        return len(self._spec.family.decoder_layers(self._model))
+
     def run(self, config: TrainingConfig, work: Workload, *, validates: bool = True) -> Simulation:
         """Simulate `config` with the batch of `work` as every micro-batch; `validates`: before and after training too.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from eightgig.core.errors import ConfigError, Problem
 from eightgig.memory.checkpointing import checkpoint_layers
 from eightgig.models.load import weight_dtype
 from eightgig.models.precision import Precision
@@ -18,12 +19,37 @@ if TYPE_CHECKING:
     from eightgig.config import TrainingConfig
     from eightgig.registry import ModelSpec
 
+CHECKPOINTED_LAYERS = "hardware.checkpointed_layers"
+
 
 def checkpoint_as_configured(config: TrainingConfig, spec: ModelSpec, model: nn.Module) -> None:
-    """Wrap the decoder layers of `model` with activation checkpointing where `config` asks for it."""
+    """Wrap decoder layers of `model` with activation checkpointing where `config` asks for it.
+
+    The first ones are checkpointed and the last ones stay whole: what these keep is freed first in the backward pass,
+    before a layer is computed again on top of it.
+
+    Raises:
+        ConfigError: more layers are asked for than the model has.
+    """
     if config.hardware.gradient_checkpointing:
-        has_dropout = config.training.lora is not None and config.training.lora.dropout > 0
-        checkpoint_layers(model, spec.family.decoder_layers(model), preserve_rng_state=has_dropout)
+        layers = _checkpointed_layers(config, spec, model)
+        checkpoint_layers(model, layers, preserve_rng_state=_has_dropout(config))
+
+
+def _checkpointed_layers(config: TrainingConfig, spec: ModelSpec, model: nn.Module) -> list[nn.Module]:
+    layers = list(spec.family.decoder_layers(model))
+    wanted = config.hardware.checkpointed_layers
+    if wanted is not None and wanted > len(layers):
+        raise ConfigError(
+            [Problem(CHECKPOINTED_LAYERS, str(wanted), f"at most the {len(layers)} decoder layers of {spec.name}")],
+            source="checkpointing",
+            next_step=f"lower {CHECKPOINTED_LAYERS}, or leave it out to checkpoint all layers",
+        )
+    return layers[:wanted]
+
+
+def _has_dropout(config: TrainingConfig) -> bool:
+    return config.training.lora is not None and config.training.lora.dropout > 0
 
 
 def build_compute(config: TrainingConfig, device: torch.device, precision: Precision) -> Compute:
