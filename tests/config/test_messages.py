@@ -131,6 +131,14 @@ BAD_SETTINGS = {
             "null with hardware.gradient_checkpointing = false: no layer is recomputed",
         ),
     ),
+    "layer inputs on the host without checkpointing": (
+        {"hardware": {"gradient_checkpointing": False, "offload_layer_inputs": True}},
+        Problem(
+            "hardware.offload_layer_inputs",
+            "true",
+            "false with hardware.gradient_checkpointing = false: no layer is recomputed",
+        ),
+    ),
     "paging without a GPU": (
         {"hardware": {"device": "cpu"}, "training": {"optimizer": "paged_adamw_8bit"}},
         Problem(

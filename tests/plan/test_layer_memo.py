@@ -13,6 +13,7 @@ from tests.tiny import build_tiny_llava
 
 from eightgig import registry
 from eightgig.config import MixedPrecision, TrainingConfig
+from eightgig.memory import layer_inputs
 from eightgig.models.precision import Precision
 from eightgig.plan.cuda_rules import CudaRules
 from eightgig.plan.layer_memo import LayerMemo
@@ -48,14 +49,26 @@ def test_a_tiny_model_of_six_layers(training: dict[str, Any], checkpointing: boo
     assert_equal_traces(config, resolve(config.model.name))
 
 
-@pytest.mark.parametrize("num_checkpointed", [2, 4])
-def test_a_model_that_checkpoints_some_of_its_layers(num_checkpointed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "hardware",
+    [
+        {"checkpointed_layers": 2},
+        {"checkpointed_layers": 4, "offload_layer_inputs": True},
+        {"offload_layer_inputs": True},
+        {"mlp_tile_tokens": 20},
+        {"gradient_checkpointing": False, "mlp_tile_tokens": 20},
+    ],
+)
+def test_a_model_with_levers_on_its_layers(
+    hardware: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_inputs, "MIN_OFFLOADED_BYTES", 1)
     config = TrainingConfig.model_validate(
         {
             "model": {"name": str(build_tiny_llava(tmp_path / "model", image_px=32, num_layers=6))},
             "data": {"max_length": 40},
             "training": {"gradient_accumulation_steps": 2, "lora": {"dropout": 0.1}},
-            "hardware": {"checkpointed_layers": num_checkpointed},
+            "hardware": hardware,
         }
     )
     assert_equal_traces(config, resolve(config.model.name))

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from tests.tiny import build_tiny_llava
 
 from eightgig.config import TrainingConfig
-from eightgig.core.units import MIB
+from eightgig.core.units import MIB, format_bytes
 from eightgig.plan.candidates import Candidates, with_changes
 from eightgig.plan.fewer_checkpointed import smallest_fit
 from eightgig.plan.levers import levers_of
 from eightgig.plan.plan import Plan, plan
-from eightgig.plan.search import search
+from eightgig.plan.search import OFFLOAD, TILE_TOKENS, TILES, search
 from eightgig.plan.workload import Workload, largest_workload
 from eightgig.registry import ModelSpec, resolve
 from eightgig.registry.gpus import GpuFacts, get_gpu
@@ -227,3 +227,26 @@ def test_the_smallest_fit_is_found_in_few_questions(last: int, data: st.DataObje
     assert len(asked) == len(set(asked)) <= 2 + math.ceil(math.log2(last))
     if guess in (smallest, smallest - 1):
         assert len(asked) <= 2
+
+
+def test_long_rows_are_offered_tiles_and_the_host_before_shorter_texts(spec: ModelSpec, config: TrainingConfig) -> None:
+    """Without its own length limit the tiny model takes rows that are longer than a tile."""
+    long = with_changes(
+        config, {"data.max_length": 9000, "training.loss_chunk_tokens": 64, "training.optimizer": "adamw"}
+    )
+    assert long is not None
+    both = with_changes(long, {TILES: TILE_TOKENS, OFFLOAD: True})
+    assert both is not None
+    needed_bytes = plan(both, spec, card_of(1 << 40), reserve_bytes=0).peak.device_bytes
+    found = searched(long, spec, needed_bytes, fixed=(BATCH, CHECKPOINTING))
+    assert found.fits is False
+    (alternative,) = found.alternatives
+    assert dict(alternative.settings) == {TILES: TILE_TOKENS, OFFLOAD: True}
+    assert "host's memory" in alternative.price
+    candidates = Candidates(both, spec, card_of(needed_bytes), needed_bytes, lambda c: largest_workload(c, spec), None)
+    levers = {lever.name: lever for lever in levers_of(candidates, {})}
+    assert levers["MLP in tiles of 2,048 tokens"].saves_bytes > 0
+    inputs_bytes = (NUM_LAYERS - 1) * largest_workload(both, spec).batch.num_tokens * 64 * 2
+    host = levers["layer inputs on the host"]
+    assert host.saves_bytes == pytest.approx(inputs_bytes, rel=0.25)  # in whole segments, beside what else is there
+    assert host.reason.startswith(f"{format_bytes(inputs_bytes)} of the host's memory are pinned; ")

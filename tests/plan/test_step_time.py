@@ -62,6 +62,13 @@ def test_the_longer_of_card_and_cpu_is_what_it_takes() -> None:
     assert seconds({}, ROUND) == 0
 
 
+def test_copies_beside_computing_cost_only_what_they_take_longer() -> None:
+    work = OpCost(MEMORY, torch.bfloat16, 0, 10**9)
+    copied = OpCost(BESIDE, torch.bfloat16, 0, round(2 * seconds({work: 1}, ROUND) * ROUND.transfer_bytes_per_s))
+    assert seconds({work: 3, copied: 1}, ROUND) == seconds({work: 3}, ROUND)
+    assert seconds({work: 1, copied: 3}, ROUND) == pytest.approx(6 * seconds({work: 1}, ROUND))
+
+
 def test_a_planned_run_makes_its_micro_batches_then_its_update() -> None:
     train, update = {OpCost(MEMORY, BF16, 0, 9500): 2}, {OpCost(MEMORY, FP32, 0, 100): 3}  # 20 s; 1.8 s, the CPU 3 s
     planned = planned_time(train, update, ROUND, num_micro_batches=4, num_tokens=83, steps_per_epoch=10)

@@ -44,7 +44,9 @@ from eightgig.models.random_weights import build_random
 from eightgig.models.trainable import trainable_parameters
 from eightgig.registry import ModelSpec
 from eightgig.registry.family import base_model
+from eightgig.step.build import checkpoint_as_configured, offload_as_configured, tile_as_configured
 from eightgig.step.step import Compute, TrainingStep, batch_loss_sum
+from lever_numerics import Outcome, assert_close, outcome_of, randomise_lora_b
 from tiny_family import FIRST_SIZE, SECOND_SIZE, WIDE_SIZE, TinyFamily
 from tiny_training import CPU, load_tiny, tiny_config
 
@@ -303,6 +305,31 @@ def check_fp16(case: Case) -> None:
     trained = train(case, dtype=torch.float16)
     assert all(torch.isfinite(torch.tensor(trained.losses)))
     assert all(bool(value.isfinite().all()) for value in trainable_parameters(trained.loaded.model).values())
+
+
+def check_layer_levers(case: Case) -> None:
+    """MLPs in tiles, fewer checkpointed layers and inputs on the host leave the loss and every gradient as they are."""
+    hardware = {"mlp_tile_tokens": 5, "checkpointed_layers": 1, "offload_layer_inputs": True}
+    plain = _loss_and_gradients(case, CONFIG)
+    levered = _loss_and_gradients(
+        case, CONFIG.model_copy(update={"hardware": CONFIG.hardware.model_copy(update=hardware)})
+    )
+    assert_close(levered, plain)
+
+
+def _loss_and_gradients(case: Case, config: TrainingConfig) -> Outcome:
+    loaded = load_model(config, case.spec, CPU, _precision(torch.float32))
+    attach_adapters(loaded, config)
+    randomise_lora_b(loaded.model, seed=7)
+    tile_as_configured(config, case.spec, loaded.model)
+    checkpoint_as_configured(config, case.spec, loaded.model)
+    offload_as_configured(config, case.spec, loaded.model)
+    encoder = Encoder(loaded.processor, case.spec.family, max_length=512)
+    batch = _collated([encoder.encode(sample) for sample in case.samples], encoder)
+    loaded.model.train()
+    loss = batch_loss_sum(loaded.model, case.spec.family, batch, _compute(torch.float32))
+    loss.backward()
+    return outcome_of(loss, loaded.model)
 
 
 def check_random_weights(case: Case) -> None:

@@ -90,13 +90,17 @@ def _without_gpu(config: TrainingConfig) -> list[Clash]:
 
 def _without_checkpointing(config: TrainingConfig) -> list[Clash]:
     """Settings about checkpointed layers, where none is checkpointed."""
-    if config.hardware.gradient_checkpointing or config.hardware.checkpointed_layers is None:
+    hardware = config.hardware
+    if hardware.gradient_checkpointing:
         return []
+    settings = {"checkpointed_layers": None, "offload_layer_inputs": False}  # and their neutral values
     return [
         Clash(
-            path=("hardware", "checkpointed_layers"),
-            value=config.hardware.checkpointed_layers,
-            allowed="null with hardware.gradient_checkpointing = false: no layer is recomputed",
+            path=("hardware", name),
+            value=getattr(hardware, name),
+            allowed=f"{shown(neutral)} with hardware.gradient_checkpointing = false: no layer is recomputed",
             other="hardware.gradient_checkpointing",
         )
+        for name, neutral in settings.items()
+        if getattr(hardware, name) != neutral
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from dataclasses import fields
 from typing import Any
 
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from eightgig.data.batch import MicroBatch
+from eightgig.memory.host_copies import HostCopy, Transfers
+from eightgig.plan.op_costs import BESIDE, OpCost
 from eightgig.plan.recorder import Recorder
 
 MIN_PAGED_ELEMENTS = 100_000  # bitsandbytes' `Optimizer8bit.get_state_buffer`: smaller states are ordinary tensors
@@ -29,6 +33,33 @@ class HostBatch(MicroBatch):
         copies = {name: _copied(tensor, self.model_inputs[name]) for name, tensor in moved.model_inputs.items()}
         values = {field.name: getattr(moved, field.name) for field in fields(moved)}
         return MicroBatch(**{**values, "model_inputs": copies, "labels": _copied(moved.labels, self.labels)})
+
+
+class HostTransfers(Transfers):
+    """Copies to the host, which take nothing of the card, and back, where each takes a tensor."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._modes: weakref.WeakKeyDictionary[HostCopy, Any] = weakref.WeakKeyDictionary()
+
+    def send(self, tensor: Tensor) -> HostCopy:
+        """What is left of `tensor` on the host: its shape."""
+        copy = HostCopy(tensor.shape, tensor.dtype, tensor.device)
+        self._modes[copy] = getattr(tensor, "fake_mode", contextlib.nullcontext())
+        self._count(copy)
+        return copy
+
+    def fetch(self, copy: HostCopy) -> Tensor:
+        """A tensor on the simulated card."""
+        with self._modes[copy]:
+            tensor = torch.empty(copy.shape, dtype=copy.dtype)
+        self._count(copy)
+        return tensor
+
+    def _count(self, copy: HostCopy) -> None:
+        if self._recorder.costs is not None:
+            self._recorder.costs[OpCost(BESIDE, copy.dtype, 0, copy.num_bytes)] += 1
 
 
 def keep_paged_states_on_host(optimizer: Optimizer, recorder: Recorder) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -79,7 +79,9 @@ class LayerMemo:
     ) -> LayerRecording:
         self._is_recording = True
         try:
-            return record_layer(self.recorder, layer, forward, leaves, structure)
+            # Of what the run's layers keep others may want to know (`memory.layer_inputs`); this one is on the tape.
+            with torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
+                return record_layer(self.recorder, layer, forward, leaves, structure)
         finally:
             self._is_recording = False
 
@@ -116,10 +118,13 @@ class _PlayedLayer(torch.autograd.Function):
         ctx.live = live
         play(recording.forward, recorder.ledger, live, _ignore)
         _add(recorder.costs, recording.forward_costs)
-        ctx.held = {
-            block: [tensors[i] for i, own in enumerate(recording.inputs) if own == block]
-            for block in recording.kept_inputs
-        }
+        held = [(block, i) for i, block in enumerate(recording.inputs) if block in recording.kept_inputs]
+        ctx.held_blocks, ctx.held = [block for block, _ in held], defaultdict(list)
+        ctx.is_hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        if ctx.is_hooked:
+            ctx.save_for_backward(*(tensors[i] for _, i in held))
+        else:  # so that each can go before the layer's backward pass has ended
+            _hold(ctx, [tensors[i] for _, i in held])
         outputs = _hand_out(recorder, recording.outputs, live)
         recorder.label(outputs, LAYER_OUTPUTS)
         for block in live.values():
@@ -132,6 +137,8 @@ class _PlayedLayer(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         recorder, recording, live = ctx.recorder, ctx.recording, ctx.live
         recorder.category = OTHER
+        if ctx.is_hooked:
+            _hold(ctx, ctx.saved_tensors)
         for block, shape, gradient in zip(recording.output_gradients, recording.outputs, gradients, strict=True):
             if gradient is not None and _is_ours_alone(gradient, shape):
                 taken = recorder.take_over(gradient)
@@ -152,6 +159,16 @@ class _PlayedLayer(torch.autograd.Function):
         by_place = dict(zip(places, handed, strict=True))
         ctx.layer = None
         return None, None, None, None, *[by_place.get(i) for i in range(len(recording.inputs))]
+
+
+def _hold(ctx: Any, tensors: Sequence[Tensor]) -> None:
+    """Have the layer refer to `tensors`, until its tape lets go of their blocks."""
+    for block, tensor in zip(ctx.held_blocks, tensors, strict=True):
+        ctx.held[block].append(tensor)
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _is_ours_alone(gradient: Tensor, shape: TensorShape) -> bool:

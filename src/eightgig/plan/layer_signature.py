@@ -29,7 +29,7 @@ def module_signature(layer: nn.Module) -> tuple[Any, ...]:
 
 
 def forward_signature(forward: Callable[..., Any]) -> tuple[Any, ...]:
-    """The code of `forward`, and of all that it wraps (`functools.wraps`): a checkpointed layer is unlike a whole one."""
+    """The code of `forward` and of all that it wraps (`functools.wraps`): checkpointed layers are unlike whole ones."""
     code = []
     inner: Any = forward
     while inner is not None:

@@ -10,12 +10,14 @@ from eightgig.config import OptimizerName
 from eightgig.core.units import format_bytes
 from eightgig.plan.allocator import replay
 from eightgig.plan.candidates import Candidate, Candidates
-from eightgig.plan.op_costs import OpCost
+from eightgig.plan.op_costs import BESIDE, OpCost
 from eightgig.plan.plan import Lever, allocator_settings, time_of
 
-CHECKPOINTING, CHECKPOINTED_LAYERS, CHUNK, OPTIMIZER = (
+CHECKPOINTING, CHECKPOINTED_LAYERS, OFFLOAD, TILES, CHUNK, OPTIMIZER = (
     "hardware.gradient_checkpointing",
     "hardware.checkpointed_layers",
+    "hardware.offload_layer_inputs",
+    "hardware.mlp_tile_tokens",
     "training.loss_chunk_tokens",
     "training.optimizer",
 )
@@ -42,11 +44,22 @@ def _settings(found: Candidate, num_layers: int) -> Iterator[tuple[str, dict[str
     hardware = config.hardware
     if hardware.gradient_checkpointing:
         twice = hardware.checkpointed_layers or num_layers
-        without: dict[str, object] = {CHECKPOINTING: False, CHECKPOINTED_LAYERS: None}
+        without: dict[str, object] = {CHECKPOINTING: False, CHECKPOINTED_LAYERS: None, OFFLOAD: False}
         yield "gradient checkpointing", without, f"{twice} of {num_layers} layers are computed twice; "
+    if hardware.offload_layer_inputs:
+        pinned = format_bytes(_offloaded_bytes(found))
+        yield "layer inputs on the host", {OFFLOAD: False}, f"{pinned} of the host's memory are pinned; "
+    if hardware.mlp_tile_tokens is not None:
+        yield f"MLP in tiles of {hardware.mlp_tile_tokens:,} tokens", {TILES: None}, ""
     if config.training.optimizer is not OptimizerName.ADAMW:
         yield "8-bit optimizer", {OPTIMIZER: OptimizerName.ADAMW.value}, ""
     yield "loss in chunks", {CHUNK: WHOLE_LOSS_TOKENS}, ""
+
+
+def _offloaded_bytes(found: Candidate) -> int:
+    """What of layer inputs is on the host at one time: half of what moves, since it goes there and back."""
+    costs = found.simulation.micro_batch_costs
+    return round(sum(count * cost.moved_bytes for cost, count in costs.items() if cost.kind == BESIDE) / 2)
 
 
 def _weights(candidates: Candidates, found: Candidate) -> Iterator[Lever]:

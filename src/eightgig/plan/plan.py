@@ -203,7 +203,7 @@ def place(
 
 
 def reserved_limit_bytes(config: TrainingConfig, budget_bytes: int | None) -> int | None:
-    """What PyTorch may reserve in a run of `config`: the smaller of its cap and the card's budget; None without both."""
+    """What PyTorch may reserve in a run: the smaller of its cap and the card's budget, None without both."""
     limits_bytes = [] if config.hardware.cap_gib is None else [round(config.hardware.cap_gib * GIB)]
     if budget_bytes is not None:
         limits_bytes.append(budget_bytes - CONTEXT_BYTES)

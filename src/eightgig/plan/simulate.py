@@ -24,14 +24,20 @@ from eightgig.plan.categories import GRADIENTS, OPTIMIZER, OTHER
 from eightgig.plan.cuda_functions import fuse_dropout
 from eightgig.plan.cuda_rules import CudaRules
 from eightgig.plan.fake_model import CPU, CUDA, build_fake
-from eightgig.plan.host_memory import HostBatch, keep_paged_states_on_host
+from eightgig.plan.host_memory import HostBatch, HostTransfers, keep_paged_states_on_host
 from eightgig.plan.layer_memo import LayerMemo
 from eightgig.plan.op_costs import OpCost
 from eightgig.plan.parts import label_weights, tell_parts
 from eightgig.plan.recorder import Recorder
 from eightgig.plan.trace import MemoryTrace
 from eightgig.plan.workload import Workload
-from eightgig.step.build import build_compute, build_step, checkpoint_as_configured
+from eightgig.step.build import (
+    build_compute,
+    build_step,
+    checkpoint_as_configured,
+    offload_as_configured,
+    tile_as_configured,
+)
 from eightgig.step.step import Compute, TrainingStep
 
 if TYPE_CHECKING:
@@ -128,9 +134,11 @@ class Simulator:
     def _run(self, config: TrainingConfig, work: Workload, trace: MemoryTrace, *, validates: bool) -> Simulation:
         model, spec = self._model, self._spec
         fuse_dropout(model)
+        tile_as_configured(config, spec, model)
         checkpoint_as_configured(config, spec, model)
         if self._remembers_layers:
             LayerMemo(self._recorder).wrap(model)
+        offload_as_configured(config, spec, model, HostTransfers(self._recorder))
         compute = replace(build_compute(config, CUDA, self._precision), device=CPU)
         step = build_step(config, spec, model, compute, num_steps=NUM_STEPS, optimizer_device=CUDA)
         keep_paged_states_on_host(step.optimizer, self._recorder)

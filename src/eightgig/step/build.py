@@ -9,6 +9,9 @@ from torch import nn
 
 from eightgig.core.errors import ConfigError, Problem
 from eightgig.memory.checkpointing import checkpoint_layers
+from eightgig.memory.host_copies import Transfers
+from eightgig.memory.layer_inputs import offload_layer_inputs
+from eightgig.memory.tiled_mlp import tile_mlps
 from eightgig.models.load import weight_dtype
 from eightgig.models.precision import Precision
 from eightgig.models.trainable import trainable_parameters
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from eightgig.config import TrainingConfig
     from eightgig.registry import ModelSpec
 
-CHECKPOINTED_LAYERS = "hardware.checkpointed_layers"
+CHECKPOINTED_LAYERS, MLP_TILE_TOKENS = "hardware.checkpointed_layers", "hardware.mlp_tile_tokens"
 
 
 def checkpoint_as_configured(config: TrainingConfig, spec: ModelSpec, model: nn.Module) -> None:
@@ -34,6 +37,38 @@ def checkpoint_as_configured(config: TrainingConfig, spec: ModelSpec, model: nn.
     if config.hardware.gradient_checkpointing:
         layers = _checkpointed_layers(config, spec, model)
         checkpoint_layers(model, layers, preserve_rng_state=_has_dropout(config))
+
+
+def tile_as_configured(config: TrainingConfig, spec: ModelSpec, model: nn.Module) -> None:
+    """Have the MLPs of the decoder layers of `model` take some tokens at a time where `config` asks for it.
+
+    Raises:
+        ConfigError: a layer has no MLP that could be told.
+    """
+    tile_tokens = config.hardware.mlp_tile_tokens
+    if tile_tokens is None:
+        return
+    layers = spec.family.decoder_layers(model)
+    mlps = [mlp for mlp in map(spec.family.mlp, layers) if mlp is not None]
+    if len(mlps) < len(layers):
+        allowed = f"null: decoder layers of {spec.name} have no MLP that can be told from the rest of them"
+        raise ConfigError(
+            [Problem(MLP_TILE_TOKENS, str(tile_tokens), allowed)],
+            source="tiles",
+            next_step=f"leave {MLP_TILE_TOKENS} out",
+        )
+    tile_mlps(mlps, tile_tokens, preserve_rng_state=_has_dropout(config))
+
+
+def offload_as_configured(
+    config: TrainingConfig, spec: ModelSpec, model: nn.Module, transfers: Transfers | None = None
+) -> None:
+    """Have the inputs of the layers that `checkpoint_as_configured` wrapped wait on the host, if `config` asks for it.
+
+    Wrap the layers with nothing afterwards: it acts on what the layer as a whole keeps.
+    """
+    if config.hardware.offload_layer_inputs:
+        offload_layer_inputs(_checkpointed_layers(config, spec, model), transfers)
 
 
 def _checkpointed_layers(config: TrainingConfig, spec: ModelSpec, model: nn.Module) -> list[nn.Module]:
