@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from eightgig.plan import card_rates
 from eightgig.plan.card_rates import ESTIMATED, CardRates, attained, rates_as_json, rates_of
-from eightgig.plan.op_costs import ATTENTION, ATTENTION_BACKWARD, MEMORY, PRODUCT, TRANSFER, OpCost
+from eightgig.plan.op_costs import ATTENTION, ATTENTION_BACKWARD, BESIDE, MEMORY, PRODUCT, TRANSFER, OpCost
 from eightgig.plan.step_time import device_seconds, issue_seconds, planned_time, seconds
 from eightgig.registry.gpus import all_gpus, get_gpu, gpu_of_vram
 

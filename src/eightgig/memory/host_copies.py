@@ -63,7 +63,8 @@ class HostCopy:
     """A tensor's bytes on the host, contiguous.
 
     Attributes:
-        pieces: that hold them; empty when they are no longer needed.
+        pieces: that hold them.
+        is_ended: whether they were given up.
         left: when they were written, on a GPU.
         returned: when they were read, on a GPU; None before `Transfers.fetch`.
     """
@@ -72,6 +73,7 @@ class HostCopy:
     dtype: torch.dtype
     device: torch.device
     pieces: list[Tensor] = field(default_factory=list)
+    is_ended: bool = False
     left: torch.cuda.Event | None = None
     returned: torch.cuda.Event | None = None
 
@@ -110,7 +112,8 @@ class Transfers:
 
     def end(self, copy: HostCopy) -> None:
         """Give up `copy`, fetched or not: its pieces may be written, and what it was fetched into may be freed."""
-        if copy.pieces:
+        if not copy.is_ended:
+            copy.is_ended = True
             self.wait_until_fetched(copy)
             self.host.give_back(copy.pieces)
 

@@ -72,11 +72,13 @@ class LayerInputs:
         before = None if kept.before is None else kept.before()
         if before is not None:
             self._begin_to_fetch(before)
-        assert kept.tensor is not None
-        return kept.tensor
+        tensor, kept.tensor = kept.tensor, None  # so that it goes when the layer has no more use for it
+        if tensor is None:
+            raise RuntimeError("the backward pass of layers whose inputs are on the host goes through its graph once")
+        return tensor
 
     def _begin_to_fetch(self, kept: _Kept) -> None:
-        if kept.tensor is None and kept.copy is not None and self._transfers is not None:
+        if kept.tensor is None and kept.copy is not None and not kept.copy.is_ended and self._transfers:
             kept.tensor = self._transfers.fetch(kept.copy)
 
     def _let_go(self) -> None:

@@ -2,9 +2,9 @@
 tensors never exist (ALST, arXiv 2506.13996, has it for whole rows over several cards).
 
 The backward pass computes each tile again, forward and backward, before the next. In a layer that is checkpointed this
-costs nothing more: the MLP's input is kept ahead of its tiles (`_Keep`), so that computing the layer again stops there,
-unless something behind the MLP keeps its output (Gemma's norm after it does: there the MLP runs a third time). In a
-layer that stays whole it costs one more forward pass of the MLP.
+costs nothing more: the MLP's input is kept ahead of its tiles (`memory.kept_tensors`), and computing the layer again
+stops there, unless something behind the MLP keeps its output (Gemma's norm after it does: there the MLP runs a third
+time). In a layer that stays whole it costs one more forward pass of the MLP.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
+
+from eightgig.memory.kept_tensors import keep_from_now
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,9 @@ def _tiled(mlp: nn.Module, tiling: _Tiling) -> Callable[..., Any]:
         learns = torch.is_grad_enabled() and (hidden.requires_grad or bool(parameters))
         if not learns:
             return _in_tiles(tiling, hidden)
-        anchor = torch.empty(0, device=hidden.device, requires_grad=True)
-        kept = _Keep.apply(anchor, hidden)  # type: ignore[no-untyped-call]
-        output: Tensor = _TiledMlp.apply(tiling, kept.grad_fn, hidden, *parameters)  # type: ignore[no-untyped-call]
+        # Checkpointing stops computing again as soon as it has met all that is kept: here, before the tiles.
+        kept = keep_from_now(hidden)
+        output: Tensor = _TiledMlp.apply(tiling, kept, hidden, *parameters)  # type: ignore[no-untyped-call]
         return output
 
     return wrapped
@@ -85,23 +87,6 @@ def _split(tensor: Tensor, tile_tokens: int) -> tuple[Tensor, ...]:
     return torch.split(tensor.reshape(1, -1, tensor.shape[-1]), tile_tokens, dim=1)
 
 
-class _Keep(torch.autograd.Function):
-    """Keeps a tensor for the backward pass, and returns an empty one whose `grad_fn` hands it back.
-
-    Checkpointing stops computing again as soon as it has met all that is kept, so what is kept here is kept before the
-    tiles are computed. An autograd function's own inputs are kept after its forward pass.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, tensor: Tensor) -> Tensor:
-        ctx.save_for_backward(tensor)
-        return anchor.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        raise AssertionError("nothing depends on what was returned")
-
-
 class _TiledMlp(torch.autograd.Function):
     """The MLP, computed again tile by tile in the backward pass."""
 
@@ -113,7 +98,12 @@ class _TiledMlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.kept is None:
+            raise RuntimeError("the backward pass of an MLP in tiles goes through its graph once")
         (hidden,) = ctx.kept.saved_tensors
+        ctx.kept = (
+            None  # with it goes what the layer's checkpoint keeps; the graph's nodes stay until the pass has ended
+        )
         tiling, parameters = ctx.tiling, ctx.parameters
         hidden_learns = ctx.needs_input_grad[2]
         hidden_gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format) if hidden_learns else None

@@ -8,6 +8,7 @@ gradients of all layers, so that the trace is the same as without tapes, event b
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections import Counter, defaultdict
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from eightgig.memory.kept_tensors import keep_from_now
 from eightgig.plan.categories import KEPT_FOR_BACKWARD, LAYER_AT_WORK, LAYER_OUTPUTS, OTHER
 from eightgig.plan.layer_recording import LayerRecording, TensorShape, make_tensor, record_layer
 from eightgig.plan.layer_signature import Unlike, arguments_signature, forward_signature, module_signature
@@ -78,9 +80,11 @@ class LayerMemo:
         self, layer: nn.Module, forward: Callable[..., Any], leaves: Sequence[Any], structure: Any
     ) -> LayerRecording:
         self._is_recording = True
+        # Hooks of the run (`memory.layer_inputs`) need not know of this layer, whose inputs are on the tape. Whoever
+        # has hooks has handed over what they hand back.
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: [tensor], lambda held: held.pop())
         try:
-            # Of what the run's layers keep others may want to know (`memory.layer_inputs`); this one is on the tape.
-            with torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
+            with hooks if _is_hooked() else contextlib.nullcontext():
                 return record_layer(self.recorder, layer, forward, leaves, structure)
         finally:
             self._is_recording = False
@@ -90,7 +94,8 @@ class LayerMemo:
         if recording.has_backward:
             # Without a parameter among its inputs autograd would not know that a first layer learns.
             anchor = next((parameter for parameter in layer.parameters() if parameter.requires_grad), None)
-            outputs = _PlayedLayer.apply(self.recorder, recording, layer, anchor, *tensors)  # type: ignore[no-untyped-call]
+            held = _Held.of(recording, tensors, self.recorder)
+            outputs = _PlayedLayer.apply(self.recorder, recording, layer, held, anchor, *tensors)  # type: ignore[no-untyped-call]
         else:
             live: dict[int, int] = {}
             category = self.recorder.category if self.recorder.category != OTHER else LAYER_AT_WORK
@@ -99,6 +104,46 @@ class LayerMemo:
             outputs = tuple(_hand_out(self.recorder, recording.outputs, live))
             _free_all(self.recorder.ledger, live)
         return tree_unflatten(list(outputs), recording.output_structure)
+
+
+class _Held:
+    """Inputs that a layer refers to after its forward pass; where someone else takes over what autograd saves, so too.
+
+    Attributes:
+        tensors: of each block of the tape, those that lie in it.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[int, list[Tensor]] = defaultdict(list)
+        self._blocks: list[int] = []
+        self._kept: Any = None
+
+    @classmethod
+    def of(cls, recording: LayerRecording, tensors: Sequence[Tensor], recorder: Recorder) -> _Held:
+        """What is kept of `tensors`, the arguments of a call."""
+        held, places = cls(), [i for i, block in enumerate(recording.inputs) if block in recording.kept_inputs]
+        held._blocks = [recording.inputs[i] for i in places]
+        kept = [tensors[i] for i in places]
+        if _is_hooked():
+            with recorder.paused():
+                held._kept = keep_from_now(*kept)
+        else:  # so that each can go before the layer's backward pass has ended
+            held._fill(kept)
+        return held
+
+    def come_back(self) -> None:
+        """Have the tensors here, also those that someone else had."""
+        if self._kept is not None:
+            self._fill(self._kept.saved_tensors)
+            self._kept = None
+
+    def let_go(self, block: int) -> None:
+        """The layer has no more use for what lies in `block`."""
+        self.tensors.pop(block, None)
+
+    def _fill(self, tensors: Sequence[Tensor]) -> None:
+        for block, tensor in zip(self._blocks, tensors, strict=True):
+            self.tensors[block].append(tensor)
 
 
 class _PlayedLayer(torch.autograd.Function):
@@ -110,21 +155,15 @@ class _PlayedLayer(torch.autograd.Function):
         recorder: Recorder,
         recording: LayerRecording,
         layer: nn.Module,
+        held: _Held,
         anchor: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.recorder, ctx.recording, ctx.layer = recorder, recording, layer
+        ctx.recorder, ctx.recording, ctx.layer, ctx.held = recorder, recording, layer, held
         live: dict[int, int] = {}
         ctx.live = live
         play(recording.forward, recorder.ledger, live, _ignore)
         _add(recorder.costs, recording.forward_costs)
-        held = [(block, i) for i, block in enumerate(recording.inputs) if block in recording.kept_inputs]
-        ctx.held_blocks, ctx.held = [block for block, _ in held], defaultdict(list)
-        ctx.is_hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        if ctx.is_hooked:
-            ctx.save_for_backward(*(tensors[i] for _, i in held))
-        else:  # so that each can go before the layer's backward pass has ended
-            _hold(ctx, [tensors[i] for _, i in held])
         outputs = _hand_out(recorder, recording.outputs, live)
         recorder.label(outputs, LAYER_OUTPUTS)
         for block in live.values():
@@ -137,18 +176,14 @@ class _PlayedLayer(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         recorder, recording, live = ctx.recorder, ctx.recording, ctx.live
         recorder.category = OTHER
-        if ctx.is_hooked:
-            _hold(ctx, ctx.saved_tensors)
+        ctx.held.come_back()
         for block, shape, gradient in zip(recording.output_gradients, recording.outputs, gradients, strict=True):
             if gradient is not None and _is_ours_alone(gradient, shape):
                 taken = recorder.take_over(gradient)
                 if taken is not None:
                     live[block] = taken
 
-        def let_go(block: int) -> None:
-            ctx.held.pop(block, None)
-
-        play(recording.backward, recorder.ledger, live, let_go)
+        play(recording.backward, recorder.ledger, live, ctx.held.let_go)
         _add(recorder.costs, recording.backward_costs)
         parameters = dict(ctx.layer.named_parameters())
         fresh = _hand_out(recorder, [shape for _, shape in recording.parameter_gradients], live)
@@ -158,17 +193,12 @@ class _PlayedLayer(torch.autograd.Function):
         handed = _hand_out(recorder, [shape for shape in recording.input_gradients if shape is not None], live)
         by_place = dict(zip(places, handed, strict=True))
         ctx.layer = None
-        return None, None, None, None, *[by_place.get(i) for i in range(len(recording.inputs))]
+        return None, None, None, None, None, *[by_place.get(i) for i in range(len(recording.inputs))]
 
 
-def _hold(ctx: Any, tensors: Sequence[Tensor]) -> None:
-    """Have the layer refer to `tensors`, until its tape lets go of their blocks."""
-    for block, tensor in zip(ctx.held_blocks, tensors, strict=True):
-        ctx.held[block].append(tensor)
-
-
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
+def _is_hooked() -> bool:
+    """Whether someone takes over what autograd saves from here on."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _is_ours_alone(gradient: Tensor, shape: TensorShape) -> bool:
