@@ -329,6 +329,7 @@ def _with_levers(case: Case, hardware: dict[str, Any]) -> tuple[Outcome, int]:
     encoder = Encoder(loaded.processor, case.spec.family, max_length=512)
     batch = _collated([encoder.encode(sample) for sample in case.samples], encoder)
     loaded.model.train()
+    torch.manual_seed(0)  # InstructBLIP's Q-Former has dropout
     loss = batch_loss_sum(loaded.model, case.spec.family, batch, _compute(torch.float32))
     loss.backward()
     return outcome_of(loss, loaded.model), transfers.host.num_bytes
