@@ -15,11 +15,12 @@ from tests.tiny import build_tiny_llava
 
 from eightgig.config import TrainingConfig
 from eightgig.core.units import MIB, format_bytes
+from eightgig.memory import layer_inputs
 from eightgig.plan.candidates import Candidates, with_changes
 from eightgig.plan.fewer_checkpointed import smallest_fit
-from eightgig.plan.levers import levers_of
+from eightgig.plan.levers import _settings, levers_of
 from eightgig.plan.plan import Plan, plan
-from eightgig.plan.search import OFFLOAD, TILE_TOKENS, TILES, search
+from eightgig.plan.search import OFFLOAD, TILE_TOKENS, TILES, Request, _cheap_changes, search
 from eightgig.plan.workload import Workload, largest_workload
 from eightgig.registry import ModelSpec, resolve
 from eightgig.registry.gpus import GpuFacts, get_gpu
@@ -229,24 +230,34 @@ def test_the_smallest_fit_is_found_in_few_questions(last: int, data: st.DataObje
         assert len(asked) <= 2
 
 
-def test_long_rows_are_offered_tiles_and_the_host_before_shorter_texts(spec: ModelSpec, config: TrainingConfig) -> None:
-    """Without its own length limit the tiny model takes rows that are longer than a tile."""
-    long = with_changes(
-        config, {"data.max_length": 9000, "training.loss_chunk_tokens": 64, "training.optimizer": "adamw"}
-    )
-    assert long is not None
-    both = with_changes(long, {TILES: TILE_TOKENS, OFFLOAD: True})
-    assert both is not None
-    needed_bytes = plan(both, spec, card_of(1 << 40), reserve_bytes=0).peak.device_bytes
-    found = searched(long, spec, needed_bytes, fixed=(BATCH, CHECKPOINTING))
-    assert found.fits is False
-    (alternative,) = found.alternatives
-    assert dict(alternative.settings) == {TILES: TILE_TOKENS, OFFLOAD: True}
-    assert "host's memory" in alternative.price
-    candidates = Candidates(both, spec, card_of(needed_bytes), needed_bytes, lambda c: largest_workload(c, spec), None)
-    levers = {lever.name: lever for lever in levers_of(candidates, {})}
-    assert levers["MLP in tiles of 2,048 tokens"].saves_bytes > 0
-    inputs_bytes = (NUM_LAYERS - 1) * largest_workload(both, spec).batch.num_tokens * 64 * 2
-    host = levers["layer inputs on the host"]
-    assert host.saves_bytes == pytest.approx(inputs_bytes, rel=0.25)  # in whole segments, beside what else is there
-    assert host.reason.startswith(f"{format_bytes(inputs_bytes)} of the host's memory are pinned; ")
+def request_for(config: TrainingConfig, spec: ModelSpec) -> Request:
+    return Request(config, spec, card_of(1 << 30), 0, (), lambda variant: largest_workload(variant, spec), None)
+
+
+def test_long_rows_are_offered_tiles_then_the_host_before_shorter_texts(
+    spec: ModelSpec, config: TrainingConfig
+) -> None:
+    def offered(**changes: Any) -> list[str]:
+        variant = with_changes(config, {"training.loss_chunk_tokens": 64, **changes})
+        assert variant is not None
+        return [path for change, _ in _cheap_changes(request_for(variant, spec)) for path in change]
+
+    paged = "training.optimizer"
+    assert offered(**{"data.max_length": 2 * TILE_TOKENS}) == [TILES, OFFLOAD, paged]
+    assert offered(**{"data.max_length": 2 * TILE_TOKENS, TILES: 4 * TILE_TOKENS}) == [TILES, OFFLOAD, paged]
+    assert offered(**{"data.max_length": 2 * TILE_TOKENS, TILES: 100, OFFLOAD: True}) == [paged]
+    assert offered(**{"data.max_length": TILE_TOKENS // 2, LAYERS: 2}) == [LAYERS, OFFLOAD, paged]
+
+
+def test_the_lever_of_layer_inputs_says_what_is_pinned(
+    spec: ModelSpec, config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_inputs, "MIN_OFFLOADED_BYTES", 1)
+    offloading = with_changes(config, {OFFLOAD: True})
+    assert offloading is not None
+    candidates = Candidates(offloading, spec, card_of(1 << 30), 1 << 30, lambda c: largest_workload(c, spec), None)
+    found = candidates.get({})
+    assert found is not None
+    pinned_bytes = (NUM_LAYERS - 1) * found.work.batch.model_inputs["input_ids"].numel() * 64 * 2  # bf16
+    notes = {name: note for name, _, note in _settings(found, NUM_LAYERS)}
+    assert notes["layer inputs on the host"] == f"{format_bytes(pinned_bytes)} of the host's memory are pinned; "
