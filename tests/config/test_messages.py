@@ -123,6 +123,22 @@ BAD_SETTINGS = {
             "null with hardware.device = cpu: the cap is on what PyTorch reserves on a GPU",
         ),
     ),
+    "checkpointed layers without checkpointing": (
+        {"hardware": {"gradient_checkpointing": False, "checkpointed_layers": 4}},
+        Problem(
+            "hardware.checkpointed_layers",
+            "4",
+            "null with hardware.gradient_checkpointing = false: no layer is recomputed",
+        ),
+    ),
+    "layer inputs on the host without checkpointing": (
+        {"hardware": {"gradient_checkpointing": False, "offload_layer_inputs": True}},
+        Problem(
+            "hardware.offload_layer_inputs",
+            "true",
+            "false with hardware.gradient_checkpointing = false: no layer is recomputed",
+        ),
+    ),
     "paging without a GPU": (
         {"hardware": {"device": "cpu"}, "training": {"optimizer": "paged_adamw_8bit"}},
         Problem(

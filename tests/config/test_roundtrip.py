@@ -72,6 +72,7 @@ configs = st.builds(
         device=st.sampled_from(["auto", "cuda"]),
         mixed_precision=st.sampled_from(["bf16", "fp16", "fp32"]),
         gradient_checkpointing=st.booleans(),
+        mlp_tile_tokens=st.none() | counts,
         cap_gib=st.none() | st.floats(1e-3, 1e3),
     ),
     output_dir=paths,

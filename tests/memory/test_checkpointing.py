@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import tiny
+from eightgig.core.errors import ConfigError
 from eightgig.memory.checkpointing import checkpoint_layers
 from eightgig.models.load import LoadedModel
+from eightgig.step.build import checkpoint_as_configured
 from tiny_training import gradients, load_tiny, text_loss, tiny_config, tiny_inputs
 
 
@@ -145,3 +147,26 @@ def test_wrapping_twice_or_a_stranger_is_refused() -> None:
         checkpoint_layers(model, list(model), preserve_rng_state=False)
     with pytest.raises(ValueError, match=r"layer 0 \(Linear\) is not part of the model"):
         checkpoint_layers(model, [nn.Linear(2, 2)], preserve_rng_state=False)
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(None, {0, 1, 2}), (1, {0}), (2, {0, 1}), (3, {0, 1, 2})])
+def test_the_first_layers_are_checkpointed(tmp_path: Path, wanted: int | None, expected: set[int]) -> None:
+    loaded = _of_three_layers(tmp_path, wanted)
+    calls = _count_calls(loaded)
+    text_loss(loaded, tiny_inputs(loaded)).backward()
+    assert {int(call.removeprefix("layer ")) for call in calls if calls.count(call) == 2} == expected
+    assert set(calls) == {"layer 0", "layer 1", "layer 2"}
+
+
+def test_more_layers_than_there_are_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"hardware\.checkpointed_layers = 4: at most the 3 decoder layers"):
+        _of_three_layers(tmp_path, 4)
+
+
+def _of_three_layers(folder: Path, checkpointed: int | None) -> LoadedModel:
+    tiny.build_tiny_llava(folder / "model", num_layers=3)
+    config = tiny_config({"hardware": {"checkpointed_layers": checkpointed}})
+    loaded = load_tiny(folder / "model", config, adapters=True)
+    checkpoint_as_configured(config, loaded.spec, loaded.model)
+    loaded.model.train()
+    return loaded

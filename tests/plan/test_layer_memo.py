@@ -13,7 +13,9 @@ from tests.tiny import build_tiny_llava
 
 from eightgig import registry
 from eightgig.config import MixedPrecision, TrainingConfig
+from eightgig.memory import layer_inputs
 from eightgig.models.precision import Precision
+from eightgig.plan.allocator import AllocatorSettings, replay
 from eightgig.plan.cuda_rules import CudaRules
 from eightgig.plan.layer_memo import LayerMemo
 from eightgig.plan.recorder import Recorder
@@ -53,11 +55,9 @@ def test_runs_on_one_simulator_are_those_on_their_own(tmp_path: Path) -> None:
     model = str(build_tiny_llava(tmp_path / "model", image_px=32, num_layers=4))
     base = {"model": {"name": model}, "data": {"max_length": 40}}
     configs = [
-        TrainingConfig.model_validate(
-            {**base, "training": training, "hardware": {"gradient_checkpointing": checkpointing}}
-        )
+        TrainingConfig.model_validate({**base, "training": training, "hardware": hardware})
         for training in ({"batch_size": 2}, {"batch_size": 1, "optimizer": "adamw"}, {"loss_chunk_tokens": 16})
-        for checkpointing in (True, False)
+        for hardware in ({}, {"checkpointed_layers": 2}, {"checkpointed_layers": 3}, {"gradient_checkpointing": False})
     ]
     spec = resolve(model)
     works = [largest_workload(config, spec) for config in configs]
@@ -69,6 +69,44 @@ def test_runs_on_one_simulator_are_those_on_their_own(tmp_path: Path) -> None:
         assert together.trace.categories == alone.trace.categories
         assert together.micro_batch_costs == alone.micro_batch_costs
         assert together.update_costs == alone.update_costs
+
+
+def with_levers(folder: Path, **hardware: Any) -> TrainingConfig:
+    return TrainingConfig.model_validate(
+        {
+            "model": {"name": str(build_tiny_llava(folder, image_px=32, num_layers=5))},
+            "data": {"max_length": 40},
+            "training": {"gradient_accumulation_steps": 2, "lora": {"dropout": 0.1}},
+            "validation": {"num_generated": 0},
+            "hardware": hardware,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "hardware",
+    [{"checkpointed_layers": 2}, {"mlp_tile_tokens": 20}, {"gradient_checkpointing": False, "mlp_tile_tokens": 20}],
+)
+def test_a_model_with_levers_on_its_layers(hardware: dict[str, Any], tmp_path: Path) -> None:
+    config = with_levers(tmp_path / "model", **hardware)
+    assert_equal_traces(config, resolve(config.model.name))
+
+
+@pytest.mark.parametrize("hardware", [{}, {"checkpointed_layers": 4, "mlp_tile_tokens": 20}])
+def test_layer_inputs_on_the_host(hardware: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A played layer asks for its input when its backward pass begins, a few events early; the peaks are equal."""
+    monkeypatch.setattr(layer_inputs, "MIN_OFFLOADED_BYTES", 1)
+    config = with_levers(tmp_path / "model", offload_layer_inputs=True, **hardware)
+    spec = resolve(config.model.name)
+    work = largest_workload(config, spec)
+    remembered, whole = (
+        simulate(config, spec, work, BF16, (9, 0), remembers_layers=remembers) for remembers in (True, False)
+    )
+    assert sorted(remembered.trace.sizes_bytes) == sorted(whole.trace.sizes_bytes)
+    for expandable in (True, False):
+        settings_ = AllocatorSettings(expandable_segments=expandable)
+        assert replay(remembered.trace, settings_).phases == replay(whole.trace, settings_).phases
+    assert remembered.micro_batch_costs == whole.micro_batch_costs
 
 
 @pytest.mark.parametrize("model", ["smolvlm2-2.2b", "qwen3-vl-2b"])

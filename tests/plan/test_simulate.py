@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import benchmarks.planned_runs
 import pytest
@@ -14,18 +16,25 @@ from tests.tiny import build_tiny_llava
 from eightgig.checkpoint.store import write_checkpoint
 from eightgig.checkpoint.training_state import training_state
 from eightgig.config import MixedPrecision, TrainingConfig
-from eightgig.memory.checkpointing import checkpoint_layers
+from eightgig.memory import layer_inputs
 from eightgig.models.adapters import attach_adapters
 from eightgig.models.load import load_model
 from eightgig.models.precision import Precision
 from eightgig.plan.cuda_rules import LT_WORKSPACE_BYTES, WORKSPACE_BYTES, CudaRules
-from eightgig.plan.host_memory import HostBatch, HostCopies
+from eightgig.plan.host_memory import HostBatch, HostCopies, HostTransfers
+from eightgig.plan.op_costs import BESIDE
 from eightgig.plan.recorder import Recorder
 from eightgig.plan.simulate import simulate
 from eightgig.plan.trace import FREED, MemoryTrace
 from eightgig.plan.workload import largest_workload
 from eightgig.registry import ModelSpec, resolve
-from eightgig.step.build import build_compute, build_step
+from eightgig.step.build import (
+    build_compute,
+    build_step,
+    checkpoint_as_configured,
+    offload_as_configured,
+    tile_as_configured,
+)
 
 MEASURED = Path(benchmarks.planned_runs.__file__).parent / "results" / "planned_runs_measured_built.json"
 CARD = (8, 6)
@@ -58,12 +67,13 @@ def real_trace(config: TrainingConfig, spec: ModelSpec) -> MemoryTrace:
     device = torch.device("cpu")
     loaded = load_model(config, spec, device, FP32)
     attach_adapters(loaded, config)
-    if config.hardware.gradient_checkpointing:
-        checkpoint_layers(loaded.model, spec.family.decoder_layers(loaded.model), preserve_rng_state=False)
+    tile_as_configured(config, spec, loaded.model)
+    checkpoint_as_configured(config, spec, loaded.model)
     step = build_step(config, spec, loaded.model, build_compute(config, device, FP32), num_steps=2)
     batch = HostBatch.of(largest_workload(config, spec).batch)
     trace = MemoryTrace()
     recorder = Recorder(trace, CudaRules(CARD))
+    offload_as_configured(config, spec, loaded.model, HostTransfers(recorder))
     with recorder:
         recorder._note([*loaded.model.parameters(), *loaded.model.buffers()])  # else a view of one would count as new
         # The simulated run has its workspaces from validation.
@@ -130,24 +140,89 @@ def test_saving_takes_what_the_real_one_takes(method: str, codes: int, tmp_path:
     assert grown_bytes == codes * num_layers * weights_a_layer * table_bytes
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_fake_tensors_take_what_real_ones_take(checkpointing: bool, tmp_path: Path) -> None:
-    config = TrainingConfig.model_validate(
+def settings_of(folder: Path, *, max_length: int = 48, **hardware: Any) -> TrainingConfig:
+    return TrainingConfig.model_validate(
         {
-            "model": {"name": str(build_tiny_llava(tmp_path / "model", image_px=32))},
-            "data": {"max_length": 48},
+            "model": {"name": str(build_tiny_llava(folder, image_px=32, num_layers=6))},
+            "data": {"max_length": max_length},
             "training": {
                 "batch_size": 3,
                 "gradient_accumulation_steps": 1,
                 "optimizer": "adamw_8bit",
                 "lora": {"dropout": 0.0},
             },
-            "hardware": {"gradient_checkpointing": checkpointing},
+            "hardware": hardware,
         }
     )
+
+
+def simulated_growth(config: TrainingConfig) -> list[int]:
     spec = resolve(config.model.name)
-    simulated = simulate(config, spec, largest_workload(config, spec), FP32, CARD)
-    assert growth_of_training(simulated.trace) == growth_of_training(real_trace(config, spec))
+    return growth_of_training(simulate(config, spec, largest_workload(config, spec), FP32, CARD).trace)
+
+
+@pytest.fixture
+def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny layer inputs are offloaded too."""
+    monkeypatch.setattr(layer_inputs, "MIN_OFFLOADED_BYTES", 1)
+
+
+@pytest.mark.parametrize(
+    "hardware",
+    [
+        {},
+        {"gradient_checkpointing": False},
+        {"checkpointed_layers": 4},
+        {"offload_layer_inputs": True},
+        {"offload_layer_inputs": True, "checkpointed_layers": 3, "mlp_tile_tokens": 20},
+        {"mlp_tile_tokens": 50, "gradient_checkpointing": False},
+    ],
+)
+@pytest.mark.usefixtures("every_size")
+def test_fake_tensors_take_what_real_ones_take(hardware: dict[str, Any], tmp_path: Path) -> None:
+    config = settings_of(tmp_path / "model", **hardware)
+    assert simulated_growth(config) == growth_of_training(real_trace(config, resolve(config.model.name)))
+
+
+def test_each_layer_that_is_checkpointed_takes_the_same_off_the_peak(tmp_path: Path) -> None:
+    peaks = [
+        max(simulated_growth(settings_of(tmp_path / f"{n}", max_length=400, checkpointed_layers=n)))
+        for n in range(3, 7)
+    ]
+    steps = [before - after for before, after in itertools.pairwise(peaks)]
+    assert len(set(steps[:-1])) == 1
+    assert 0 <= steps[-1] < steps[0]  # one layer's activations are there in any case, if not beside the loss's
+
+
+@pytest.mark.usefixtures("every_size")
+def test_offload_takes_all_layer_inputs_but_the_last_off_the_peak(tmp_path: Path) -> None:
+    config = settings_of(tmp_path / "model", max_length=400, mlp_tile_tokens=200)
+    hardware = config.hardware.model_copy(update={"offload_layer_inputs": True})
+    batch = largest_workload(config, resolve(config.model.name)).batch
+    input_bytes = batch.model_inputs["input_ids"].numel() * 64 * torch.float32.itemsize
+    saved = max(simulated_growth(config)) - max(simulated_growth(config.model_copy(update={"hardware": hardware})))
+    assert saved == 5 * input_bytes
+
+
+@pytest.mark.usefixtures("every_size")
+def test_offload_moves_each_layer_input_but_the_last_to_the_host_and_back(tmp_path: Path) -> None:
+    config = settings_of(tmp_path / "model", offload_layer_inputs=True)
+    spec = resolve(config.model.name)
+    work = largest_workload(config, spec)
+    costs = simulate(config, spec, work, FP32, CARD).micro_batch_costs
+    input_bytes = work.batch.model_inputs["input_ids"].numel() * 64 * torch.float32.itemsize
+    assert {cost.moved_bytes: count for cost, count in costs.items() if cost.kind == BESIDE} == {input_bytes: 2 * 5}
+
+
+@pytest.mark.usefixtures("every_size")
+def test_the_smaller_the_tiles_the_less_a_layer_takes(tmp_path: Path) -> None:
+    """With layer inputs on the host, since else the loss takes the most, beside all of them."""
+    settings = {"max_length": 400, "offload_layer_inputs": True}
+    peaks = [
+        max(simulated_growth(settings_of(tmp_path / f"{tile}", mlp_tile_tokens=tile, **settings)))
+        for tile in (None, 900, 600)
+    ]
+    assert peaks == sorted(set(peaks), reverse=True)
 
 
 def test_of_a_validation_only_the_workspaces_stay(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from eightgig.plan import card_rates
 from eightgig.plan.card_rates import ESTIMATED, CardRates, attained, rates_as_json, rates_of
-from eightgig.plan.op_costs import ATTENTION, ATTENTION_BACKWARD, MEMORY, PRODUCT, TRANSFER, OpCost
+from eightgig.plan.op_costs import ATTENTION, ATTENTION_BACKWARD, BESIDE, MEMORY, PRODUCT, TRANSFER, OpCost
 from eightgig.plan.step_time import device_seconds, issue_seconds, planned_time, seconds
 from eightgig.registry.gpus import all_gpus, get_gpu, gpu_of_vram
 
@@ -60,6 +60,13 @@ def test_the_longer_of_card_and_cpu_is_what_it_takes() -> None:
     assert seconds({large: 10}, ROUND) == device_seconds({large: 10}, ROUND) == pytest.approx(95)
     assert seconds({small: 10, large: 1}, ROUND) == pytest.approx(10 * 0.6 + 9.5)
     assert seconds({}, ROUND) == 0
+
+
+def test_copies_beside_computing_cost_only_what_they_take_longer() -> None:
+    work = OpCost(MEMORY, torch.bfloat16, 0, 10**9)
+    copied = OpCost(BESIDE, torch.bfloat16, 0, round(2 * seconds({work: 1}, ROUND) * ROUND.transfer_bytes_per_s))
+    assert seconds({work: 3, copied: 1}, ROUND) == seconds({work: 3}, ROUND)
+    assert seconds({work: 1, copied: 3}, ROUND) == pytest.approx(6 * seconds({work: 1}, ROUND))
 
 
 def test_a_planned_run_makes_its_micro_batches_then_its_update() -> None:

@@ -36,6 +36,7 @@ from eightgig.export.adapter import save_adapter
 from eightgig.export.reference import write_reference
 from eightgig.export.verify import reload_plan
 from eightgig.memory.checkpointing import checkpoint_layers
+from eightgig.memory.host_copies import Transfers
 from eightgig.models import load
 from eightgig.models.adapters import attach_adapters, check_gradients
 from eightgig.models.load import LoadedModel, load_model
@@ -44,7 +45,9 @@ from eightgig.models.random_weights import build_random
 from eightgig.models.trainable import trainable_parameters
 from eightgig.registry import ModelSpec
 from eightgig.registry.family import base_model
+from eightgig.step.build import checkpoint_as_configured, offload_as_configured, tile_as_configured
 from eightgig.step.step import Compute, TrainingStep, batch_loss_sum
+from lever_numerics import Outcome, assert_close, outcome_of, randomise_lora_b
 from tiny_family import FIRST_SIZE, SECOND_SIZE, WIDE_SIZE, TinyFamily
 from tiny_training import CPU, load_tiny, tiny_config
 
@@ -303,6 +306,33 @@ def check_fp16(case: Case) -> None:
     trained = train(case, dtype=torch.float16)
     assert all(torch.isfinite(torch.tensor(trained.losses)))
     assert all(bool(value.isfinite().all()) for value in trainable_parameters(trained.loaded.model).values())
+
+
+def check_layer_levers(case: Case) -> None:
+    """MLPs in tiles and layer inputs on the host leave the loss and every gradient as they are."""
+    plain, _ = _with_levers(case, {"gradient_checkpointing": False})
+    levered, host_bytes = _with_levers(case, {"mlp_tile_tokens": 5, "offload_layer_inputs": True})
+    assert_close(levered, plain)
+    assert host_bytes > 0
+
+
+def _with_levers(case: Case, hardware: dict[str, Any]) -> tuple[Outcome, int]:
+    """What a pass gives, and the memory of the host that it took."""
+    config = CONFIG.model_copy(update={"hardware": CONFIG.hardware.model_copy(update=hardware)})
+    loaded = load_model(config, case.spec, CPU, _precision(torch.float32))
+    attach_adapters(loaded, config)
+    randomise_lora_b(loaded.model, seed=7)
+    transfers = Transfers()
+    tile_as_configured(config, case.spec, loaded.model)
+    checkpoint_as_configured(config, case.spec, loaded.model)
+    offload_as_configured(config, case.spec, loaded.model, transfers)
+    encoder = Encoder(loaded.processor, case.spec.family, max_length=512)
+    batch = _collated([encoder.encode(sample) for sample in case.samples], encoder)
+    loaded.model.train()
+    torch.manual_seed(0)  # InstructBLIP's Q-Former has dropout
+    loss = batch_loss_sum(loaded.model, case.spec.family, batch, _compute(torch.float32))
+    loss.backward()
+    return outcome_of(loss, loaded.model), transfers.host.num_bytes
 
 
 def check_random_weights(case: Case) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from eightgig import registry
+from eightgig.memory import layer_inputs
 from eightgig.registry import ModelSpec
 from eightgig.registry.discovery import families
 from tiny_family import TinyFamily, all_tiny_families, build_tiny_family
@@ -51,6 +52,11 @@ def test_inputs_are_those_of_the_processor(case: Case) -> None:
 
 def test_the_image_token_rule_is_what_the_processor_emits(case: Case) -> None:
     checks.check_image_tokens(case)
+
+
+def test_layer_levers_change_no_gradient(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_inputs, "MIN_OFFLOADED_BYTES", 1)
+    checks.check_layer_levers(case)
 
 
 def test_three_steps_train(case: Case, trained: Trained) -> None:

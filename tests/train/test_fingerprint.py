@@ -41,6 +41,9 @@ def _other_values() -> Iterator[tuple[str, Any, bool]]:
     yield "data.val_fraction", 0.1, False
     yield "hardware.mixed_precision", "fp32", False
     yield "hardware.gradient_checkpointing", False, False
+    yield "hardware.checkpointed_layers", 3, False
+    yield "hardware.offload_layer_inputs", True, False
+    yield "hardware.mlp_tile_tokens", 512, False
 
 
 @pytest.mark.parametrize(("path", "value", "may_change"), list(_other_values()))

@@ -33,7 +33,7 @@ def preset_names_text(name: str) -> str:
 
 def contradictions(config: TrainingConfig) -> list[Clash]:
     """Every pair of settings of `config` that can't both hold."""
-    return [*_against_preset(config), *_without_gpu(config)]
+    return [*_against_preset(config), *_without_gpu(config), *_without_checkpointing(config)]
 
 
 def value_at(config: Any, path: str) -> Any:
@@ -86,3 +86,21 @@ def _without_gpu(config: TrainingConfig) -> list[Clash]:
             )
         )
     return clashes
+
+
+def _without_checkpointing(config: TrainingConfig) -> list[Clash]:
+    """Settings about checkpointed layers, where none is checkpointed."""
+    hardware = config.hardware
+    if hardware.gradient_checkpointing:
+        return []
+    settings = {"checkpointed_layers": None, "offload_layer_inputs": False}  # and their neutral values
+    return [
+        Clash(
+            path=("hardware", name),
+            value=getattr(hardware, name),
+            allowed=f"{shown(neutral)} with hardware.gradient_checkpointing = false: no layer is recomputed",
+            other="hardware.gradient_checkpointing",
+        )
+        for name, neutral in settings.items()
+        if getattr(hardware, name) != neutral
+    ]

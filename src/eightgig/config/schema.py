@@ -141,6 +141,15 @@ class HardwareConfig(Section):
         MixedPrecision.BF16, description="type of the computation; what the device lacks is replaced, and said"
     )
     gradient_checkpointing: Flag = Field(True, description="recompute each layer in the backward pass to save memory")
+    checkpointed_layers: Count | None = Field(
+        None, description="decoder layers, counted from the first, that are recomputed; null = all of them"
+    )
+    offload_layer_inputs: Flag = Field(
+        False, description="keep what recomputed layers start from in the host's memory until the backward pass"
+    )
+    mlp_tile_tokens: Count | None = Field(
+        None, description="tokens that the MLP of a layer takes at one time; null = all of a batch"
+    )
     cap_gib: PositiveNumber | None = Field(
         None, description="limit of what PyTorch may reserve on the GPU, in GiB; null = the whole card"
     )

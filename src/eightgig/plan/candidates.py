@@ -68,6 +68,11 @@ class Candidates:
         whole._validates, whole._known = True, {}
         return whole
 
+    @property
+    def num_decoder_layers(self) -> int:
+        """Decoder layers of the model."""
+        return self._simulator.num_decoder_layers
+
     def get(self, changes: Changes) -> Candidate | None:
         """The variant with `changes`; None where they contradict settings that stay.
 

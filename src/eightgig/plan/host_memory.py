@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -13,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from eightgig.data.batch import MicroBatch
+from eightgig.memory.host_copies import HostCopy, Transfers
+from eightgig.plan.op_costs import BESIDE, OpCost
 from eightgig.plan.recorder import Recorder
 
 _CPU = torch.device("cpu")
@@ -62,6 +66,33 @@ class HostCopies(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **keywords)
         with self._recorder.paused():
             return func(*args, **keywords)
+
+
+class HostTransfers(Transfers):
+    """Copies to the host, which take nothing of the card, and back, where each takes a tensor."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._modes: weakref.WeakKeyDictionary[HostCopy, Any] = weakref.WeakKeyDictionary()
+
+    def send(self, tensor: Tensor) -> HostCopy:
+        """What is left of `tensor` on the host: its shape."""
+        copy = HostCopy(tensor.shape, tensor.dtype, tensor.device)
+        self._modes[copy] = getattr(tensor, "fake_mode", contextlib.nullcontext())
+        self._count(copy)
+        return copy
+
+    def fetch(self, copy: HostCopy) -> Tensor:
+        """A tensor on the simulated card."""
+        with self._modes[copy]:
+            tensor = torch.empty(copy.shape, dtype=copy.dtype)
+        self._count(copy)
+        return tensor
+
+    def _count(self, copy: HostCopy) -> None:
+        if self._recorder.costs is not None:
+            self._recorder.costs[OpCost(BESIDE, copy.dtype, 0, copy.num_bytes)] += 1
 
 
 def keep_paged_states_on_host(optimizer: Optimizer, recorder: Recorder) -> None:

@@ -8,9 +8,10 @@ gradients of all layers, so that the trace is the same as without tapes, event b
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from eightgig.memory.kept_tensors import KeptTensors
 from eightgig.plan.categories import KEPT_FOR_BACKWARD, LAYER_AT_WORK, LAYER_OUTPUTS, OTHER
 from eightgig.plan.layer_recording import LayerRecording, TensorShape, make_tensor, record_layer
-from eightgig.plan.layer_signature import Unlike, arguments_signature, module_signature
+from eightgig.plan.layer_signature import Unlike, arguments_signature, forward_signature, module_signature
 from eightgig.plan.op_costs import OpCost
 from eightgig.plan.recorder import Ledger, Recorder
 from eightgig.plan.tape import play
@@ -45,6 +47,7 @@ class LayerMemo:
 
     def _remembered(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         parameters = dict(layer.named_parameters())
+        code = forward_signature(forward)
 
         @functools.wraps(forward)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -53,12 +56,8 @@ class LayerMemo:
                 return self._untaped(forward, args, kwargs)
             leaves, structure = tree_flatten((args, kwargs))
             try:
-                key = (
-                    module_signature(layer, parameters.values()),
-                    arguments_signature(leaves),
-                    structure,
-                    torch.is_grad_enabled(),
-                )
+                call = (arguments_signature(leaves), structure, torch.is_grad_enabled())
+                key = (module_signature(layer, parameters.values()), code, *call)
             except Unlike:
                 return self._untaped(forward, args, kwargs)
             if key not in self._recordings:
@@ -82,8 +81,12 @@ class LayerMemo:
         self, layer: nn.Module, forward: Callable[..., Any], leaves: Sequence[Any], structure: Any
     ) -> LayerRecording:
         self._is_recording = True
+        # Hooks of the run (`memory.layer_inputs`) need not know of this layer, whose inputs are on the tape. Whoever
+        # has hooks has handed over what they hand back.
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: [tensor], lambda held: held.pop())
         try:
-            return record_layer(self.recorder, layer, forward, leaves, structure)
+            with hooks if _is_hooked() else contextlib.nullcontext():
+                return record_layer(self.recorder, layer, forward, leaves, structure)
         finally:
             self._is_recording = False
 
@@ -92,7 +95,8 @@ class LayerMemo:
         if recording.has_backward:
             # Without a parameter among its inputs autograd would not know that a first layer learns.
             anchor = next((parameter for parameter in parameters.values() if parameter.requires_grad), None)
-            outputs = _PlayedLayer.apply(self.recorder, recording, parameters, anchor, *tensors)  # type: ignore[no-untyped-call]
+            held = _Held.of(recording, tensors, self.recorder)
+            outputs = _PlayedLayer.apply(self.recorder, recording, parameters, held, anchor, *tensors)  # type: ignore[no-untyped-call]
         else:
             live: dict[int, int] = {}
             category = self.recorder.category if self.recorder.category != OTHER else LAYER_AT_WORK
@@ -101,6 +105,46 @@ class LayerMemo:
             outputs = tuple(_hand_out(self.recorder, recording.outputs, live))
             _free_all(self.recorder.ledger, live)
         return tree_unflatten(list(outputs), recording.output_structure)
+
+
+class _Held:
+    """Inputs that a layer refers to after its forward pass; where someone else takes over what autograd saves, so too.
+
+    Attributes:
+        tensors: of each block of the tape, those that lie in it.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[int, list[Tensor]] = defaultdict(list)
+        self._blocks: list[int] = []
+        self._kept: KeptTensors | None = None
+
+    @classmethod
+    def of(cls, recording: LayerRecording, tensors: Sequence[Tensor], recorder: Recorder) -> _Held:
+        """What is kept of `tensors`, the arguments of a call."""
+        held, places = cls(), [i for i, block in enumerate(recording.inputs) if block in recording.kept_inputs]
+        held._blocks = [recording.inputs[i] for i in places]
+        kept = [tensors[i] for i in places]
+        if _is_hooked():
+            with recorder.paused():
+                held._kept = KeptTensors(*kept)
+        else:  # so that each can go before the layer's backward pass has ended
+            held._fill(kept)
+        return held
+
+    def come_back(self) -> None:
+        """Have the tensors here, also those that someone else had."""
+        if self._kept is not None:
+            self._fill(self._kept.hand_back())
+            self._kept = None
+
+    def let_go(self, block: int) -> None:
+        """The layer has no more use for what lies in `block`."""
+        self.tensors.pop(block, None)
+
+    def _fill(self, tensors: Sequence[Tensor]) -> None:
+        for block, tensor in zip(self._blocks, tensors, strict=True):
+            self.tensors[block].append(tensor)
 
 
 class _PlayedLayer(torch.autograd.Function):
@@ -112,18 +156,15 @@ class _PlayedLayer(torch.autograd.Function):
         recorder: Recorder,
         recording: LayerRecording,
         parameters: Mapping[str, nn.Parameter],
+        held: _Held,
         anchor: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.recorder, ctx.recording, ctx.parameters = recorder, recording, parameters
+        ctx.recorder, ctx.recording, ctx.parameters, ctx.held = recorder, recording, parameters, held
         live: dict[int, int] = {}
         ctx.live = live
         play(recording.forward, recorder.ledger, live, _ignore)
         _add(recorder.costs, recording.forward_costs)
-        ctx.held = {
-            block: [tensors[i] for i, own in enumerate(recording.inputs) if own == block]
-            for block in recording.kept_inputs
-        }
         outputs = _hand_out(recorder, recording.outputs, live)
         recorder.label(outputs, LAYER_OUTPUTS)
         for block in live.values():
@@ -136,16 +177,14 @@ class _PlayedLayer(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         recorder, recording, live = ctx.recorder, ctx.recording, ctx.live
         recorder.category = OTHER
+        ctx.held.come_back()
         for block, shape, gradient in zip(recording.output_gradients, recording.outputs, gradients, strict=True):
             if gradient is not None and _is_ours_alone(gradient, shape):
                 taken = recorder.take_over(gradient)
                 if taken is not None:
                     live[block] = taken
 
-        def let_go(block: int) -> None:
-            ctx.held.pop(block, None)
-
-        play(recording.backward, recorder.ledger, live, let_go)
+        play(recording.backward, recorder.ledger, live, ctx.held.let_go)
         _add(recorder.costs, recording.backward_costs)
         parameters = ctx.parameters
         fresh = _hand_out(recorder, [shape for _, shape in recording.parameter_gradients], live)
@@ -154,7 +193,12 @@ class _PlayedLayer(torch.autograd.Function):
         places = [i for i, shape in enumerate(recording.input_gradients) if shape is not None]
         handed = _hand_out(recorder, [shape for shape in recording.input_gradients if shape is not None], live)
         by_place = dict(zip(places, handed, strict=True))
-        return None, None, None, None, *[by_place.get(i) for i in range(len(recording.inputs))]
+        return None, None, None, None, None, *[by_place.get(i) for i in range(len(recording.inputs))]
+
+
+def _is_hooked() -> bool:
+    """Whether someone takes over what autograd saves from here on."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _is_ours_alone(gradient: Tensor, shape: TensorShape) -> bool:

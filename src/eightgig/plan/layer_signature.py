@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,16 @@ def module_signature(layer: nn.Module, parameters: Iterable[nn.Parameter]) -> tu
         known = tuple(_of_module(name, module) for name, module in layer.named_modules())
         object.__setattr__(layer, "_planned_signature", known)
     return (known, layer.training, tuple(parameter.grad is not None for parameter in parameters))
+
+
+def forward_signature(forward: Callable[..., Any]) -> tuple[Any, ...]:
+    """The code of `forward` and of all that it wraps (`functools.wraps`): checkpointed layers are unlike whole ones."""
+    code = []
+    inner: Any = forward
+    while inner is not None:
+        code.append(getattr(inner, "__code__", type(inner)))  # that of a method is its function's
+        inner = getattr(inner, "__wrapped__", None)
+    return tuple(code)
 
 
 def arguments_signature(leaves: Sequence[Any]) -> tuple[Any, ...]:

@@ -10,11 +10,14 @@ from eightgig.config import OptimizerName
 from eightgig.core.units import format_bytes
 from eightgig.plan.allocator import replay
 from eightgig.plan.candidates import Candidate, Candidates
-from eightgig.plan.op_costs import OpCost
+from eightgig.plan.op_costs import BESIDE, OpCost
 from eightgig.plan.plan import Lever, allocator_settings, time_of
 
-CHECKPOINTING, CHUNK, OPTIMIZER = (
+CHECKPOINTING, CHECKPOINTED_LAYERS, OFFLOAD, TILES, CHUNK, OPTIMIZER = (
     "hardware.gradient_checkpointing",
+    "hardware.checkpointed_layers",
+    "hardware.offload_layer_inputs",
+    "hardware.mlp_tile_tokens",
     "training.loss_chunk_tokens",
     "training.optimizer",
 )
@@ -27,21 +30,36 @@ def levers_of(candidates: Candidates, changes: Mapping[str, Any]) -> tuple[Lever
     found = candidates.get(changes)
     assert found is not None
     levers = [*_weights(candidates, found), *_segments(candidates, found)]
-    for name, path, off in _settings(found):
-        without = candidates.get({**changes, path: off, "preset": None})  # a preset may forbid it; it is not planned
+    for name, off, note in _settings(found, candidates.num_decoder_layers):
+        without = candidates.get({**changes, **off, "preset": None})  # a preset may forbid it; it is not planned
         if without is not None:
-            levers += _lever(candidates, found, name, without.device_bytes, _step_s(without))
+            for lever in _lever(candidates, found, name, without.device_bytes, _step_s(without)):
+                levers.append(replace(lever, reason=f"{note}{lever.reason}"))
     return tuple(sorted(levers, key=lambda lever: -lever.saves_bytes))
 
 
-def _settings(found: Candidate) -> Iterator[tuple[str, str, object]]:
-    """Levers that are settings in use: their name, path, and the value without them."""
+def _settings(found: Candidate, num_layers: int) -> Iterator[tuple[str, dict[str, object], str]]:
+    """Levers that are settings in use: their name, the changes that leave them out, and what to say of them first."""
     config = found.config
-    if config.hardware.gradient_checkpointing:
-        yield "gradient checkpointing", CHECKPOINTING, False
+    hardware = config.hardware
+    if hardware.gradient_checkpointing:
+        twice = hardware.checkpointed_layers or num_layers
+        without: dict[str, object] = {CHECKPOINTING: False, CHECKPOINTED_LAYERS: None, OFFLOAD: False}
+        yield "gradient checkpointing", without, f"{twice} of {num_layers} layers are computed twice; "
+    if hardware.offload_layer_inputs:
+        pinned = format_bytes(_offloaded_bytes(found))
+        yield "layer inputs on the host", {OFFLOAD: False}, f"{pinned} of the host's memory are pinned; "
+    if hardware.mlp_tile_tokens is not None:
+        yield f"MLP in tiles of {hardware.mlp_tile_tokens:,} tokens", {TILES: None}, ""
     if config.training.optimizer is not OptimizerName.ADAMW:
-        yield "8-bit optimizer", OPTIMIZER, OptimizerName.ADAMW.value
-    yield "loss in chunks", CHUNK, WHOLE_LOSS_TOKENS
+        yield "8-bit optimizer", {OPTIMIZER: OptimizerName.ADAMW.value}, ""
+    yield "loss in chunks", {CHUNK: WHOLE_LOSS_TOKENS}, ""
+
+
+def _offloaded_bytes(found: Candidate) -> int:
+    """What of layer inputs is on the host at one time: half of what moves, since it goes there and back."""
+    costs = found.simulation.micro_batch_costs
+    return round(sum(count * cost.moved_bytes for cost, count in costs.items() if cost.kind == BESIDE) / 2)
 
 
 def _weights(candidates: Candidates, found: Candidate) -> Iterator[Lever]:

@@ -222,10 +222,16 @@ def place(
     (docs/decisions/0005-planner.md). Without either limit the second is None.
     """
     result = replay(simulation.trace, allocator_settings())
+    limit_bytes = reserved_limit_bytes(config, budget_bytes)
+    return result, None if limit_bytes is None else result.peak_reserved_bytes <= limit_bytes
+
+
+def reserved_limit_bytes(config: TrainingConfig, budget_bytes: int | None) -> int | None:
+    """What PyTorch may reserve in a run: the smaller of its cap and the card's budget, None without both."""
     limits_bytes = [] if config.hardware.cap_gib is None else [round(config.hardware.cap_gib * GIB)]
     if budget_bytes is not None:
         limits_bytes.append(budget_bytes - CONTEXT_BYTES)
-    return result, result.peak_reserved_bytes <= min(limits_bytes) if limits_bytes else None
+    return min(limits_bytes, default=None)
 
 
 def planned_precision(config: TrainingConfig, gpu: GpuFacts | None) -> Precision:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from eightgig.plan.candidates import Candidate, Candidates, Changes, WorkloadOf
 from eightgig.plan.card_rates import CardRates
+from eightgig.plan.fewer_checkpointed import CHECKPOINTED_LAYERS, fewer_checkpointed
 from eightgig.plan.levers import levers_of
 from eightgig.plan.plan import Alternative, Plan, card_rates, told
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 CHECKPOINTING = "hardware.gradient_checkpointing"
 BATCH = "training.batch_size"
 ACCUMULATION = "training.gradient_accumulation_steps"
+OFFLOAD = "hardware.offload_layer_inputs"
+TILES = "hardware.mlp_tile_tokens"
 OPTIMIZER = "training.optimizer"
 CHUNK = "training.loss_chunk_tokens"
 LENGTH = "data.max_length"
@@ -26,6 +29,9 @@ PRESET = "preset"
 
 MAX_BATCH = 16  # samples at once, twice the most measured (benchmarks/results/search_accuracy.json)
 LENGTH_STEP_TOKENS = 64
+# Of about the hidden size of a 7B model, as ALST has its tiles (arXiv 2506.13996): enough rows that unpacking the 4-bit
+# weights anew for each tile is little beside the products.
+TILE_TOKENS = 2048
 SMALL_CHUNK_TOKENS = 256  # as preset ultra_low_memory has it
 
 
@@ -65,8 +71,9 @@ def search(
 ) -> Plan:
     """The plan of the fastest settings that fit, with its levers; of `config` as it is, with alternatives, if none do.
 
-    Searched are activation checkpointing, and how many samples go through at once where their number in a step stays
-    the same. Of settings equally fast the first stays, and `config` itself stands first.
+    Searched are activation checkpointing, how many samples go through at once where their number in a step stays the
+    same, and how many layers are checkpointed. Of settings equally fast the first stays, and `config` itself stands
+    first.
 
     Args:
         config: where to begin.
@@ -83,7 +90,9 @@ def search(
     request = Request(config, spec, gpu, reserve_bytes, fixed, workload_of, rates or card_rates(gpu))
     candidates = Candidates(config, spec, gpu, request.budget_bytes, workload_of, request.rates)
     whole = candidates.with_validation()
-    for changes, _ in sorted(_fitting(request, candidates), key=lambda pair: _seconds(pair[1])):
+    fitting = list(_fitting(request, candidates))
+    fitting = [*fewer_checkpointed(candidates, fitting, fixed), *fitting]  # the first of equally fast ones is taken
+    for changes, _ in sorted(fitting, key=lambda pair: _seconds(pair[1])):
         planned = _plan(request, whole, changes)
         if planned.fits:
             return replace(planned, levers=levers_of(candidates, changes))
@@ -163,8 +172,15 @@ def _cheap_changes(request: Request) -> Iterator[tuple[dict[str, object], str]]:
         yield {BATCH: 1, ACCUMULATION: num_samples}, "a step takes its samples one by one"
     if not config.hardware.gradient_checkpointing:
         yield {CHECKPOINTING: True}, "each layer is computed twice"
+    if config.hardware.checkpointed_layers is not None:
+        yield {CHECKPOINTED_LAYERS: None}, "every layer is computed twice"
+    tokens = request.workload_of(config).batch.num_tokens // training.batch_size
+    if tokens > TILE_TOKENS and (config.hardware.mlp_tile_tokens or tokens) > TILE_TOKENS:
+        yield {TILES: TILE_TOKENS}, "the layers' MLPs take the tokens in tiles"
     if training.loss_chunk_tokens > SMALL_CHUNK_TOKENS:
         yield {CHUNK: SMALL_CHUNK_TOKENS}, "the loss is computed in more, smaller parts"
+    if not config.hardware.offload_layer_inputs:
+        yield {OFFLOAD: True}, "the layers' inputs wait in the host's memory, which must have room for them"
     yield {OPTIMIZER: "paged_adamw_8bit"}, "the optimizer's states move to the host where the card is full"
 
 

@@ -28,14 +28,20 @@ from eightgig.plan.categories import GRADIENTS, OPTIMIZER, OTHER
 from eightgig.plan.cuda_functions import fuse_dropout
 from eightgig.plan.cuda_rules import CudaRules
 from eightgig.plan.fake_model import CPU, CUDA, build_fake
-from eightgig.plan.host_memory import HostBatch, HostCopies, keep_paged_states_on_host
+from eightgig.plan.host_memory import HostBatch, HostCopies, HostTransfers, keep_paged_states_on_host
 from eightgig.plan.layer_memo import LayerMemo
 from eightgig.plan.op_costs import OpCost
 from eightgig.plan.parts import label_weights, tell_parts
 from eightgig.plan.recorder import Recorder
 from eightgig.plan.trace import MemoryTrace
 from eightgig.plan.workload import Workload
-from eightgig.step.build import build_compute, build_step, checkpoint_as_configured
+from eightgig.step.build import (
+    build_compute,
+    build_step,
+    checkpoint_as_configured,
+    offload_as_configured,
+    tile_as_configured,
+)
 from eightgig.step.step import Compute, TrainingStep
 
 if TYPE_CHECKING:
@@ -48,8 +54,11 @@ NUM_STEPS = 2  # optimizer states appear in the first; the second is what all la
 
 MAX_MICRO_BATCHES = 2  # the first makes the gradients, the second finds them there, as all later ones do
 
-OUTSIDE_LAYERS = {"batch_size", "gradient_accumulation_steps", "optimizer", "loss_chunk_tokens"}
-"""Settings of `training` that change nothing within a layer but the shapes of what it is given."""
+OUTSIDE_LAYERS = {
+    "training": {"batch_size", "gradient_accumulation_steps", "optimizer", "loss_chunk_tokens"},
+    "hardware": {"checkpointed_layers"},  # whether a layer is checkpointed is told by its code, which recordings know
+}
+"""Settings that change nothing within a layer but the shapes of what it is given."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,11 @@ class Simulator:
         label_weights(self._model, self._recorder)
         tell_parts(self._model, spec, self._recorder)
 
+    @property
+    def num_decoder_layers(self) -> int:
+        """Decoder layers of the model."""
+        return len(self._spec.family.decoder_layers(self._model))
+
     def run(self, config: TrainingConfig, work: Workload, *, validates: bool = True) -> Simulation:
         """Simulate `config` with the batch of `work` as every micro-batch.
 
@@ -135,9 +149,11 @@ class Simulator:
     def _run(self, config: TrainingConfig, work: Workload, trace: MemoryTrace, *, validates: bool) -> Simulation:
         model, spec = self._model, self._spec
         fuse_dropout(model)
+        tile_as_configured(config, spec, model)
         checkpoint_as_configured(config, spec, model)
         if self._memos is not None:
             self._memos.setdefault(_layer_settings(config), LayerMemo(self._recorder)).wrap(model)
+        offload_as_configured(config, spec, model, HostTransfers(self._recorder))
         compute = replace(build_compute(config, CUDA, self._precision), device=CPU)
         step = build_step(config, spec, model, compute, num_steps=NUM_STEPS, optimizer_device=CUDA)
         keep_paged_states_on_host(step.optimizer, self._recorder)
@@ -204,7 +220,7 @@ def simulate(
 
 def _layer_settings(config: TrainingConfig) -> str:
     """What of `config` may change how a layer runs: runs that have it in common share what is known of layers."""
-    return config.model_dump_json(exclude={"preset": True, "training": OUTSIDE_LAYERS})
+    return config.model_dump_json(exclude={"preset": True, **OUTSIDE_LAYERS})
 
 
 def _result(

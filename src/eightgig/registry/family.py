@@ -206,6 +206,13 @@ class ModelFamily(ABC):
         """The language model's decoder layers, first to last: the unit of activation checkpointing."""
         return list(base_model(model).get_submodule(self.modules.language_model).layers)
 
+    def mlp(self, layer: Any) -> Any | None:
+        """The MLP of a decoder layer: it maps [..., tokens, hidden] to the same shape, each token by itself.
+
+        None where the layer has none that takes hidden states alone: then it can't be computed in tiles.
+        """
+        return getattr(layer, "mlp", None)
+
     def generate(self, model: Any, inputs: Mapping[str, Any], **arguments: Any) -> Any:
         """Ids that `model` writes after the prompts in `inputs`, int64 [batch, new tokens]."""
         return model.generate(**inputs, **arguments)[:, inputs["input_ids"].shape[1] :]

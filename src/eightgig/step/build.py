@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from eightgig.core.errors import ConfigError, Problem
 from eightgig.memory.checkpointing import checkpoint_layers
+from eightgig.memory.host_copies import Transfers
+from eightgig.memory.layer_inputs import offload_layer_inputs
+from eightgig.memory.tiled_mlp import tile_mlps
 from eightgig.models.load import weight_dtype
 from eightgig.models.precision import Precision
 from eightgig.models.trainable import trainable_parameters
@@ -18,12 +22,69 @@ if TYPE_CHECKING:
     from eightgig.config import TrainingConfig
     from eightgig.registry import ModelSpec
 
+CHECKPOINTED_LAYERS, MLP_TILE_TOKENS = "hardware.checkpointed_layers", "hardware.mlp_tile_tokens"
+
 
 def checkpoint_as_configured(config: TrainingConfig, spec: ModelSpec, model: nn.Module) -> None:
-    """Wrap the decoder layers of `model` with activation checkpointing where `config` asks for it."""
+    """Wrap decoder layers of `model` with activation checkpointing where `config` asks for it.
+
+    The first ones are checkpointed and the last ones stay whole: what these keep is freed first in the backward pass,
+    before a layer is computed again on top of it.
+
+    Raises:
+        ConfigError: more layers are asked for than the model has.
+    """
     if config.hardware.gradient_checkpointing:
-        has_dropout = config.training.lora is not None and config.training.lora.dropout > 0
-        checkpoint_layers(model, spec.family.decoder_layers(model), preserve_rng_state=has_dropout)
+        layers = _checkpointed_layers(config, spec, model)
+        checkpoint_layers(model, layers, preserve_rng_state=_has_dropout(config))
+
+
+def tile_as_configured(config: TrainingConfig, spec: ModelSpec, model: nn.Module) -> None:
+    """Have the MLPs of the decoder layers of `model` take some tokens at a time where `config` asks for it.
+
+    Raises:
+        ConfigError: a layer has no MLP that could be told.
+    """
+    tile_tokens = config.hardware.mlp_tile_tokens
+    if tile_tokens is None:
+        return
+    layers = spec.family.decoder_layers(model)
+    mlps = [mlp for mlp in map(spec.family.mlp, layers) if mlp is not None]
+    if len(mlps) < len(layers):
+        allowed = f"null: decoder layers of {spec.name} have no MLP that can be told from the rest of them"
+        raise ConfigError(
+            [Problem(MLP_TILE_TOKENS, str(tile_tokens), allowed)],
+            source="tiles",
+            next_step=f"leave {MLP_TILE_TOKENS} out",
+        )
+    tile_mlps(mlps, tile_tokens, preserve_rng_state=_has_dropout(config))
+
+
+def offload_as_configured(
+    config: TrainingConfig, spec: ModelSpec, model: nn.Module, transfers: Transfers | None = None
+) -> None:
+    """Have the inputs of the layers that `checkpoint_as_configured` wrapped wait on the host, if `config` asks for it.
+
+    Wrap the layers with nothing afterwards: it acts on what the layer as a whole keeps.
+    """
+    if config.hardware.offload_layer_inputs:
+        offload_layer_inputs(_checkpointed_layers(config, spec, model), transfers)
+
+
+def _checkpointed_layers(config: TrainingConfig, spec: ModelSpec, model: nn.Module) -> list[nn.Module]:
+    layers = list(spec.family.decoder_layers(model))
+    wanted = config.hardware.checkpointed_layers
+    if wanted is not None and wanted > len(layers):
+        raise ConfigError(
+            [Problem(CHECKPOINTED_LAYERS, str(wanted), f"at most the {len(layers)} decoder layers of {spec.name}")],
+            source="checkpointing",
+            next_step=f"lower {CHECKPOINTED_LAYERS}, or leave it out to checkpoint all layers",
+        )
+    return layers[:wanted]
+
+
+def _has_dropout(config: TrainingConfig) -> bool:
+    return config.training.lora is not None and config.training.lora.dropout > 0
 
 
 def build_compute(config: TrainingConfig, device: torch.device, precision: Precision) -> Compute:

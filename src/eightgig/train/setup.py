@@ -21,7 +21,13 @@ from eightgig.models.adapters import adapted_layers, attach_adapters
 from eightgig.models.load import load_model, load_processor
 from eightgig.models.precision import Precision, choose_precision
 from eightgig.registry import ModelSpec, resolve
-from eightgig.step.build import build_compute, build_step, checkpoint_as_configured
+from eightgig.step.build import (
+    build_compute,
+    build_step,
+    checkpoint_as_configured,
+    offload_as_configured,
+    tile_as_configured,
+)
 from eightgig.train.datasets import check_data
 from eightgig.train.events import TrainingListener
 from eightgig.train.largest_batch import largest_training_batch
@@ -105,7 +111,9 @@ def build_run(
     if layers:
         kinds = ", ".join(f"{count} {kind}" for kind, count in layers.items())
         listener.on_message(f"adapters on {sum(layers.values())} layers: {kinds}")
+    tile_as_configured(config, spec, loaded.model)
     checkpoint_as_configured(config, spec, loaded.model)
+    offload_as_configured(config, spec, loaded.model)
     training = config.training
     order = StepOrder(len(data.train), training.batch_size, training.gradient_accumulation_steps, config.seed)
     num_steps = training.max_steps or order.steps_per_epoch * training.num_epochs
