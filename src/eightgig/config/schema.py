@@ -29,6 +29,7 @@ from eightgig.config.fields import (
     Rank,
     Section,
     Seed,
+    StreamedLayers,
     Text,
 )
 from eightgig.config.rules import check_preset_name, contradictions
@@ -141,6 +142,12 @@ class HardwareConfig(Section):
         MixedPrecision.BF16, description="type of the computation; what the device lacks is replaced, and said"
     )
     gradient_checkpointing: Flag = Field(True, description="recompute each layer in the backward pass to save memory")
+    embedding_on_host: Flag = Field(
+        False, description="keep the frozen table of input embeddings in RAM, not on the GPU"
+    )
+    streamed_layers: StreamedLayers = Field(
+        0, description="decoder layers whose 4-bit weights stay in RAM and come to the GPU when they are due; 0 = none"
+    )
     cap_gib: PositiveNumber | None = Field(
         None, description="limit of what PyTorch may reserve on the GPU, in GiB; null = the whole card"
     )

@@ -75,6 +75,11 @@ class Candidates:
         work = workload_of(config)
         self._simulator = Simulator(config, spec, work.processor, planned_precision(config, gpu), capability_of(gpu))
 
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return self._simulator.num_layers
+
     def get(self, changes: Changes) -> Candidate | None:
         """The variant with `changes`; None where they contradict settings that stay.
 
@@ -91,7 +96,10 @@ class Candidates:
         if config is None:
             return None
         work = self._workload_of(config)
-        simulation = self._simulator.run(config, work, validates=self._validates)
+        try:
+            simulation = self._simulator.run(config, work, validates=self._validates)
+        except ConfigError:  # the model does not go with them
+            return None
         result, fits = place(simulation, config, self.gpu, self.budget_bytes)
         return Candidate(config, work, simulation, result, fits, time_of(simulation, config, work, self.rates))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from eightgig.config import OptimizerName
 from eightgig.core.units import format_bytes
+from eightgig.models.host_weights import EMBEDDING, STREAMED
 from eightgig.plan.allocator import replay
 from eightgig.plan.candidates import Candidate, Candidates
 from eightgig.plan.op_costs import OpCost
@@ -41,6 +42,10 @@ def _settings(found: Candidate) -> Iterator[tuple[str, str, object]]:
         yield "gradient checkpointing", CHECKPOINTING, False
     if config.training.optimizer is not OptimizerName.ADAMW:
         yield "8-bit optimizer", OPTIMIZER, OptimizerName.ADAMW.value
+    if config.hardware.embedding_on_host:
+        yield "embeddings in RAM", EMBEDDING, False
+    if config.hardware.streamed_layers:
+        yield f"weights of {config.hardware.streamed_layers} layers in RAM", STREAMED, 0
     yield "loss in chunks", CHUNK, WHOLE_LOSS_TOKENS
 
 

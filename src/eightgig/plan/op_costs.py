@@ -25,6 +25,7 @@ ATTENTION = "attention"
 ATTENTION_BACKWARD = "attention backward"
 MEMORY = "memory"
 TRANSFER = "transfer"
+PREFETCH = "prefetch"
 
 TENSORS_PER_FOREACH_KERNEL = (
     64  # torch's MultiTensorApply.cuh, depth_to_max_tensors: 110 for 1 list, 64 for 2, 48 for 3
@@ -38,8 +39,8 @@ class OpCost:
     """The cost of one operation; equal ones are counted together.
 
     Attributes:
-        kind: PRODUCT, ATTENTION, ATTENTION_BACKWARD, MEMORY (all that computes little) or TRANSFER (host to card or
-            back).
+        kind: PRODUCT, ATTENTION, ATTENTION_BACKWARD, MEMORY (all that computes little), TRANSFER (host to card or back)
+            or PREFETCH (host to card on a stream of its own, while the card computes).
         dtype: what it computes in; of memory-bound operations that of the output.
         flops: floating-point operations of products, a multiplication and an addition being two; 0 where memory binds.
         moved_bytes: read and written by the kernel that does the work.

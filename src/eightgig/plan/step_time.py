@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from eightgig.plan.card_rates import CardRates
-from eightgig.plan.op_costs import ATTENTION, ATTENTION_BACKWARD, MEMORY, PRODUCT, TRANSFER, OpCost
+from eightgig.plan.op_costs import ATTENTION, ATTENTION_BACKWARD, MEMORY, PREFETCH, PRODUCT, TRANSFER, OpCost
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,21 @@ def planned_time(
 
 
 def seconds(costs: Mapping[OpCost, float], rates: CardRates) -> float:
-    """The time of operations that cost `costs`, each with how often it runs: the card's or the CPU's, if longer."""
-    return max(device_seconds(costs, rates), issue_seconds(costs, rates))
+    """The time of operations that cost `costs`, each with how often it runs: the longest of the card's, of the CPU's
+    and of the link's for what is fetched meanwhile.
+    """
+    return max(device_seconds(costs, rates), issue_seconds(costs, rates), prefetch_seconds(costs, rates))
 
 
 def device_seconds(costs: Mapping[OpCost, float], rates: CardRates) -> float:
     """The card's time for `costs`, were it never to wait for the CPU."""
-    return sum(count * _kernel_seconds(cost, rates) for cost, count in costs.items())
+    return sum(count * _kernel_seconds(cost, rates) for cost, count in costs.items() if cost.kind != PREFETCH)
+
+
+def prefetch_seconds(costs: Mapping[OpCost, float], rates: CardRates) -> float:
+    """The link's time for what is fetched while the card computes, were it never to wait for a free buffer."""
+    moved_bytes = sum(count * cost.moved_bytes for cost, count in costs.items() if cost.kind == PREFETCH)
+    return moved_bytes / rates.transfer_bytes_per_s
 
 
 def issue_seconds(costs: Mapping[OpCost, float], rates: CardRates) -> float:

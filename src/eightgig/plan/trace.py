@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from eightgig.plan.blocks import round_size
@@ -106,6 +106,20 @@ class MemoryTrace:
     def copy(self) -> MemoryTrace:
         """A trace that goes on from here by itself."""
         return copy.deepcopy(self)
+
+    def with_freed(self, freed: Mapping[int, Sequence[int]]) -> MemoryTrace:
+        """A copy in which, before each event of `freed`, the blocks named there are freed; they live here to the end."""
+        changed = self.copy()
+        del changed.blocks[:], changed.sizes_bytes[:], changed.marks[:]
+        marks = dict(self.marks)
+        for event in range(len(self) + 1):
+            for block in freed.get(event, ()):
+                changed.free(block)
+            if event in marks:
+                changed.mark(marks[event])
+            changed.blocks.extend(self.blocks[event : event + 1])
+            changed.sizes_bytes.extend(self.sizes_bytes[event : event + 1])
+        return changed
 
     def empty_cache(self) -> None:
         """Record a call of `torch.cuda.empty_cache`."""

@@ -206,6 +206,10 @@ class ModelFamily(ABC):
         """The language model's decoder layers, first to last: the unit of activation checkpointing."""
         return list(base_model(model).get_submodule(self.modules.language_model).layers)
 
+    def host_tables(self, model: Any) -> Sequence[Any]:
+        """The tables of embeddings, looked up by token id alone, that `hardware.embedding_on_host` keeps on the host."""
+        return [base_model(model).get_input_embeddings()]
+
     def generate(self, model: Any, inputs: Mapping[str, Any], **arguments: Any) -> Any:
         """Ids that `model` writes after the prompts in `inputs`, int64 [batch, new tokens]."""
         return model.generate(**inputs, **arguments)[:, inputs["input_ids"].shape[1] :]
