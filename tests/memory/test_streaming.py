@@ -100,7 +100,7 @@ def test_bf16_errs_no_more_than_without_streaming(folder: Path) -> None:
 
 
 def _stream_naively(layers: Sequence[nn.Module]) -> None:
-    """What one would write first: before its forward pass a layer's weights go into the buffer that all layers share."""
+    """What one would write first: before its forward pass a layer's weights go into a buffer that all layers share."""
     hosts = [[place.tensor.clone() for place in layer_places(layer)] for layer in layers]
     buffer = torch.zeros(max(block_bytes(layer_places(layer)) for layer in layers), dtype=torch.uint8)
 

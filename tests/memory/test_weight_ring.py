@@ -1,4 +1,4 @@
-"""The ring beside a model of what a GPU's streams may do: at each pass the right weights are there, and none in use goes."""
+"""The ring beside a model of a GPU's streams: in each pass the right weights are there, and none in use is lost."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class Passes:
 
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
+        self.num_checked = 0
         self.carried = Carried()
         self.ring = WeightRing(num_layers, self.carried)
 
@@ -46,6 +47,7 @@ class Passes:
         assert self.carried.held.get(slot) == layer
         assert self.carried.in_use == slot
         self.carried.in_use = None
+        self.num_checked += 1
 
     def forward(self, *, with_gradients: bool) -> None:
         with torch.set_grad_enabled(with_gradients):
@@ -75,6 +77,10 @@ def test_whatever_the_order_of_passes_each_layer_finds_its_weights(
             run.backward()
         elif kind == "upper layers alone":
             run.backward(min(until, num_layers - 1))
+    assert run.num_checked == sum(
+        {"train": 2 * num_layers, "validate": num_layers}.get(kind, 2 * num_layers - min(until, num_layers - 1))
+        for kind, until in passes
+    )
 
 
 @given(num_layers=st.integers(MIN_STREAMED_LAYERS, 40))

@@ -11,13 +11,15 @@ import pytest
 from tests.tiny import build_tiny_llava
 
 from eightgig.config import TrainingConfig
+from eightgig.core.errors import ConfigError
 from eightgig.core.units import MIB
 from eightgig.plan.candidates import Candidates, with_changes
 from eightgig.plan.levers import levers_of
 from eightgig.plan.plan import Plan, plan
-from eightgig.plan.search import search
+from eightgig.plan.search import _fewest_streamed, search
 from eightgig.plan.workload import Workload, largest_workload
 from eightgig.registry import ModelSpec, resolve
+from eightgig.registry.family import base_model
 from eightgig.registry.gpus import GpuFacts, get_gpu
 
 CHECKPOINTING, BATCH, ACCUMULATION = (
@@ -177,3 +179,46 @@ def test_changes_that_contradict_settings_are_none(config: TrainingConfig) -> No
     assert changed is not None
     assert changed.data.max_length == 96
     assert config.data.max_length == 640
+
+
+def test_where_nothing_else_fits_it_streams_as_few_layers_as_will_do(config: TrainingConfig, spec: ModelSpec) -> None:
+    """Beside a plan of each number of layers, on top of all changes that cost less."""
+    cheaper = {CHECKPOINTING: True, "training.optimizer": "paged_adamw_8bit", "training.loss_chunk_tokens": 256}
+    cheaper |= {"hardware.embedding_on_host": True}
+    allocated: dict[int, int] = {}
+    for count in (0, 3, 4, 5, 6):
+        variant = with_changes(config, {**cheaper, "hardware.streamed_layers": count})
+        assert variant is not None
+        allocated[count] = plan(variant, spec, card_of(1 << 40), reserve_bytes=0).peak.allocated_bytes
+    assert sorted(allocated.values(), reverse=True) == list(allocated.values())
+
+    class Sized(Candidates):
+        """Fits by what is allocated: segments of 2 MiB are coarser than a tiny layer."""
+
+        limit_bytes = 0
+
+        def get(self, changes: Mapping[str, Any]) -> Any:
+            found = super().get(changes)
+            if found is None:
+                return None
+            return replace(found, fits=found.result.peak_allocated_bytes <= self.limit_bytes)
+
+    candidates = Sized(config, spec, card_of(1 << 40), 1 << 40, lambda variant: largest_workload(variant, spec), None)
+    for limit_bytes, expected in ((allocated[5], 5), (allocated[4] - 1, 5), (allocated[3], 3), (allocated[6] - 1, 6)):
+        candidates.limit_bytes = limit_bytes
+        assert _fewest_streamed(candidates, cheaper) == expected
+
+
+def test_a_model_that_can_not_keep_its_embedding_in_ram_is_not_offered_it(
+    config: TrainingConfig, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def heads(family: Any, model: Any) -> list[Any]:
+        return [base_model(model).lm_head]
+
+    monkeypatch.setattr(type(spec.family), "host_tables", heads)
+    found = searched(config, spec, 900 * MIB)
+    assert all("hardware.embedding_on_host" not in each.settings for each in found.alternatives)
+    variant = with_changes(config, {"hardware.embedding_on_host": True})
+    assert variant is not None
+    with pytest.raises(ConfigError, match="its head computes with the same table"):
+        plan(variant, spec, None, reserve_bytes=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import benchmarks.planned_runs
 import pytest
@@ -73,11 +74,14 @@ def real_trace(config: TrainingConfig, spec: ModelSpec) -> MemoryTrace:
     return trace
 
 
+@pytest.mark.parametrize(
+    "hardware", [{}, {"embedding_on_host": True}, {"streamed_layers": 3}], ids=["plain", "embedding", "streamed"]
+)
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_fake_tensors_take_what_real_ones_take(checkpointing: bool, tmp_path: Path) -> None:
+def test_fake_tensors_take_what_real_ones_take(checkpointing: bool, hardware: dict[str, Any], tmp_path: Path) -> None:
     config = TrainingConfig.model_validate(
         {
-            "model": {"name": str(build_tiny_llava(tmp_path / "model", image_px=32))},
+            "model": {"name": str(build_tiny_llava(tmp_path / "model", image_px=32, num_layers=4))},
             "data": {"max_length": 48},
             "training": {
                 "batch_size": 3,
@@ -85,7 +89,7 @@ def test_fake_tensors_take_what_real_ones_take(checkpointing: bool, tmp_path: Pa
                 "optimizer": "adamw_8bit",
                 "lora": {"dropout": 0.0},
             },
-            "hardware": {"gradient_checkpointing": checkpointing},
+            "hardware": {"gradient_checkpointing": checkpointing, **hardware},
         }
     )
     spec = resolve(config.model.name)

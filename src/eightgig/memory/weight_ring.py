@@ -1,8 +1,8 @@
 """Which streamed layer's weights lie in which of the GPU's buffers, and when they are sent for.
 
-The k-th streamed layer always uses buffer k mod NUM_SLOTS. So a layer's weights, once in place, are where its operations
-know them to be, in the forward pass, when it is computed again and in the backward pass: bitsandbytes keeps a weight on
-its `ctx`, outside of what autograd saves, and would else read there what has come since.
+The k-th streamed layer always uses buffer k mod NUM_SLOTS. So a layer's weights, once in place, are where its
+operations know them to be, in the forward pass, when it is computed again and in the backward pass: bitsandbytes keeps
+a weight on its `ctx`, outside of what autograd saves, and would else read there what has come since.
 
 When a layer begins, forward or backward, its weights must have arrived, and the next one's are sent for. These go into
 the buffer of the layer before, all of whose work was issued by then; so that it is enough to wait for that.

@@ -43,7 +43,7 @@ def leaving_the_gpu(hardware: HardwareConfig, spec: ModelSpec, device: torch.dev
 
     with (
         to_host_as_they_arrive(wanted, device),
-        mock.patch.object(modeling_utils, "caching_allocator_warmup", lambda *_: None),
+        mock.patch.object(modeling_utils, "caching_allocator_warmup", return_value=None),
     ):
         yield
 

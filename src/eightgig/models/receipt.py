@@ -223,7 +223,9 @@ def _bytes_of(parameter: nn.Parameter, tables: set[int]) -> int:
     total = parameter.numel() * parameter.element_size()
     state: Any = getattr(parameter, "quant_state", None)
     for tensor in _constants(state):
-        if state is not None and tensor is state.absmax:  # never shared; those of streamed layers come to the same address in turns
+        if (
+            state is not None and tensor is state.absmax
+        ):  # never shared; those of streamed layers come to the same address in turns
             total += tensor.numel() * tensor.element_size()
         elif tensor.data_ptr() not in tables:
             tables.add(tensor.data_ptr())

@@ -1,4 +1,4 @@
-"""Frozen weights of a simulated run that lie on the host: left out of the record, with what their way to the GPU takes."""
+"""Frozen weights of a simulated run that lie on the host: they are left out of the record, their transfers counted."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class HostWeights:
     @property
     def host_bytes(self) -> int:
         """What they take of the host's memory."""
-        tables_bytes = sum(value.numel() * value.element_size() for value in self._table_weights())
+        tables_bytes: int = sum(value.numel() * value.element_size() for value in self._table_weights())
         return sum(self._sizes) + tables_bytes
 
     def tensors(self) -> Iterator[Tensor]:

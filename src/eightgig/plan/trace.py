@@ -108,15 +108,14 @@ class MemoryTrace:
         return copy.deepcopy(self)
 
     def with_freed(self, freed: Mapping[int, Sequence[int]]) -> MemoryTrace:
-        """A copy in which, before each event of `freed`, the blocks named there are freed; they live here to the end."""
+        """A copy in which, before each event of `freed`, the blocks named there are freed, which here live to the end."""
         changed = self.copy()
         del changed.blocks[:], changed.sizes_bytes[:], changed.marks[:]
-        marks = dict(self.marks)
         for event in range(len(self) + 1):
             for block in freed.get(event, ()):
                 changed.free(block)
-            if event in marks:
-                changed.mark(marks[event])
+            for name in (name for place, name in self.marks if place == event):
+                changed.mark(name)
             changed.blocks.extend(self.blocks[event : event + 1])
             changed.sizes_bytes.extend(self.sizes_bytes[event : event + 1])
         return changed
