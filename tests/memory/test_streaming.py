@@ -12,13 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import modeling_utils
 
 import tiny
+from eightgig import registry
 from eightgig.core.errors import ConfigError
 from eightgig.memory import arrivals
 from eightgig.memory.checkpointing import checkpoint_layers
 from eightgig.memory.streaming import StreamedWeights, block_bytes, layer_places, quantised_linears
 from eightgig.memory.weight_ring import streamed_positions
+from eightgig.models import host_weights
 from eightgig.models.load import LoadedModel
 from tiny_training import CPU, gradients, load_tiny, text_loss, tiny_config, tiny_inputs, trainable
 
@@ -242,6 +245,41 @@ def test_weights_leave_the_gpu_as_they_arrive(
     expected.append(loaded.model.get_input_embeddings().weight)
     assert len(arrived) == 15
     assert {id(parameter) for parameter in arrived} == {id(parameter) for parameter in expected}
+
+
+@pytest.mark.parametrize("random_weights_seed", [None, 5])
+def test_what_a_config_keeps_in_ram_is_what_leaves_the_gpu(
+    folder: Path, random_weights_seed: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the CPU in the place of the GPU that weights arrive on."""
+    arrived: list[Any] = []
+    monkeypatch.setattr(arrivals, "_to_host", arrived.append)
+    monkeypatch.setattr(
+        host_weights, "to_host_as_they_arrive", lambda wanted, _: arrivals.to_host_as_they_arrive(wanted, CPU)
+    )
+    model = {"random_weights_seed": random_weights_seed}
+    config = tiny_config({"model": model, "hardware": {"streamed_layers": 4, "embedding_on_host": True}})
+    spec = registry.resolve(str(folder))
+    with host_weights.leaving_the_gpu(config.hardware, spec, torch.device("cuda")):
+        loaded = load_tiny(folder, tiny_config({"model": model}))
+    layers = [loaded.model.model.language_model.layers[i] for i in (1, 2, 4, 5)]
+    expected = [linear.weight for layer in layers for linear in quantised_linears(layer)]
+    expected.append(loaded.model.get_input_embeddings().weight)
+    assert {id(parameter) for parameter in arrived} == {id(parameter) for parameter in expected}
+    assert len(arrived) == len(expected)
+
+
+def test_nothing_is_reserved_for_a_model_that_need_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers calls by this name what would reserve a whole model's memory, and finds nothing to do inside."""
+    calls: list[Any] = []
+    monkeypatch.setattr(modeling_utils, "caching_allocator_warmup", lambda *arguments: calls.append(arguments))
+    spec = registry.resolve(str(folder))
+    card = torch.device("cuda")  # only its name is asked for
+    for streamed, num_calls in ((0, 1), (3, 1), (0, 2)):
+        hardware = tiny_config({"hardware": {"streamed_layers": streamed}}).hardware
+        with host_weights.leaving_the_gpu(hardware, spec, card):
+            load_tiny(folder, tiny_config())
+        assert len(calls) == num_calls
 
 
 def test_the_receipt_says_what_lies_in_ram(folder: Path) -> None:

@@ -14,7 +14,7 @@ from eightgig.config import TrainingConfig
 from eightgig.core.errors import ConfigError
 from eightgig.core.units import MIB
 from eightgig.plan.candidates import Candidates, with_changes
-from eightgig.plan.levers import levers_of
+from eightgig.plan.levers import _settings, levers_of
 from eightgig.plan.plan import Plan, plan
 from eightgig.plan.search import _fewest_streamed, search
 from eightgig.plan.workload import Workload, largest_workload
@@ -170,6 +170,20 @@ def test_levers_are_the_difference_to_the_run_without_them(config: TrainingConfi
     packed = num_4bit // 2  # two weights a byte; scales come on top
     assert 2 * num_4bit - 1.1 * packed < levers["4-bit weights"].saves_bytes <= 2 * num_4bit - packed
     assert all(lever.saves_bytes > 0 and lever.reason for lever in levers.values())
+
+
+def test_weights_in_ram_are_levers(config: TrainingConfig, spec: ModelSpec) -> None:
+    settings = {"hardware.streamed_layers": 4, "hardware.embedding_on_host": True}
+    gpu = get_gpu("RTX 4060")
+    candidates = Candidates(config, spec, gpu, gpu.vram_bytes, lambda variant: largest_workload(variant, spec), None)
+    found = candidates.get(settings)
+    assert found is not None
+    without = {path: off for _, path, off in _settings(found)}
+    for path, value in (("hardware.streamed_layers", 0), ("hardware.embedding_on_host", False)):
+        assert without[path] == value
+        other = candidates.get({**settings, path: value})
+        assert other is not None
+        assert other.result.peak_allocated_bytes > found.result.peak_allocated_bytes
 
 
 def test_changes_that_contradict_settings_are_none(config: TrainingConfig) -> None:

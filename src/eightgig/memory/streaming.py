@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import weakref
 from collections.abc import Sequence
@@ -131,6 +132,9 @@ class StreamedWeights:
         error = runtime.cudaHostRegister(pages.data_ptr(), size, 0)
         if int(error) != 0:
             logger.warning("%d bytes of streamed weights can't be pinned (%s): their copies are slow", num_bytes, error)
+            # CUDA keeps the error for whoever asks next: the launch of a kernel, which would seem to have failed.
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=self._device)
         else:
             # Holds the memory until it is unregistered; at the end of the process the system does both.
             weakref.finalize(self, _unregister, runtime, pages).atexit = False

@@ -107,7 +107,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def leaving_out(self, tensors: Iterable[Tensor]) -> Iterator[None]:
-        """Inside, the storages of `tensors`, which live throughout, lie on the host: views of them are no new blocks."""
+        """Inside, the storages of `tensors`, which live throughout, lie on the host; views of them are no blocks."""
         addresses = frozenset(tensor.untyped_storage()._cdata for tensor in tensors)
         entries = {address: self._entries.pop(address) for address in addresses}
         self._left_out = addresses

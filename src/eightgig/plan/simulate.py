@@ -121,8 +121,9 @@ class Simulator:
         """Write the run into `trace`, and leave the model as it was found."""
         forwards = {module: vars(module).get("forward") for module in self._model.modules()}
         self._recorder.continue_in(trace)
-        handles = host.engage()
+        handles = []
         try:
+            handles = host.engage()
             return self._run(config, work, trace, validates=validates)
         except _ASKS_FOR_VALUES as error:
             raise UnsupportedModel(

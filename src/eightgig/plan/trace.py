@@ -108,7 +108,7 @@ class MemoryTrace:
         return copy.deepcopy(self)
 
     def with_freed(self, freed: Mapping[int, Sequence[int]]) -> MemoryTrace:
-        """A copy in which, before each event of `freed`, the blocks named there are freed, which here live to the end."""
+        """A copy in which before each event of `freed` the blocks named there are freed, which here live to the end."""
         changed = self.copy()
         del changed.blocks[:], changed.sizes_bytes[:], changed.marks[:]
         for event in range(len(self) + 1):

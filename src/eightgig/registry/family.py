@@ -207,7 +207,7 @@ class ModelFamily(ABC):
         return list(base_model(model).get_submodule(self.modules.language_model).layers)
 
     def host_tables(self, model: Any) -> Sequence[Any]:
-        """The tables of embeddings that `hardware.embedding_on_host` keeps on the host; they are only looked up by ids."""
+        """The tables of embeddings that `hardware.embedding_on_host` keeps on the host; only looked up by ids."""
         return [base_model(model).get_input_embeddings()]
 
     def generate(self, model: Any, inputs: Mapping[str, Any], **arguments: Any) -> Any:

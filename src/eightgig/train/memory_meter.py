@@ -117,6 +117,7 @@ class MemoryMeter:
         could only tell what the whole card has in use). `device_used_bytes` is that context and the peak reserved.
         """
         frozen = [row for row in receipt.rows if row.group != "adapters" and not row.on_host]
+        tables_bytes = sum(row.bytes_now for row in receipt.rows if row.on_host and not row.is_4bit)
         ring_bytes = 0 if streamed is None else streamed.ring_bytes
         categories = {
             "4-bit weights": sum(row.bytes_now for row in frozen if row.is_4bit) + ring_bytes,
@@ -129,7 +130,7 @@ class MemoryMeter:
             "device": torch.cuda.get_device_name(self.device) if self.is_cuda else "cpu",
             "phases": self.peaks,
             "host_peak_rss_bytes": _peak_rss_bytes(self._process),
-            "host_weights_bytes": sum(row.bytes_now for row in receipt.rows if row.on_host),
+            "host_weights_bytes": tables_bytes + (0 if streamed is None else streamed.host_bytes),
             "streamed_bytes": 0 if streamed is None else streamed.moved_bytes,
         }
         peaks = self.gpu_peaks()
