@@ -76,9 +76,9 @@ class Candidates:
         self._simulator = Simulator(config, spec, work.processor, planned_precision(config, gpu), capability_of(gpu))
 
     @property
-    def num_layers(self) -> int:
+    def num_decoder_layers(self) -> int:
         """Decoder layers of the model."""
-        return self._simulator.num_layers
+        return self._simulator.num_decoder_layers
 
     def get(self, changes: Changes) -> Candidate | None:
         """The variant with `changes`; None where they contradict settings that stay.

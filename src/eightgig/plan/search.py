@@ -191,7 +191,9 @@ def _fewest_streamed(candidates: Candidates, changes: Changes) -> int | None:
 
     Each one more takes less of the card, until all are streamed.
     """
-    counts = range(max(MIN_STREAMED_LAYERS, candidates.config.hardware.streamed_layers), candidates.num_layers + 1)
+    counts = range(
+        max(MIN_STREAMED_LAYERS, candidates.config.hardware.streamed_layers), candidates.num_decoder_layers + 1
+    )
     if not counts or candidates.get({**changes, STREAMED: counts[-1]}) is None:
         return None
 

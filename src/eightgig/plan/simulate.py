@@ -98,7 +98,7 @@ class Simulator:
         tell_parts(self._model, spec, self._recorder)
 
     @property
-    def num_layers(self) -> int:
+    def num_decoder_layers(self) -> int:
         """Decoder layers of the model."""
         return len(self._spec.family.decoder_layers(self._model))
 
