@@ -51,5 +51,8 @@ def test_a_run_with_all_of_them_learns_as_one_without(tmp_path: Path, monkeypatc
     plain = _losses(tmp_path, "plain", {})
     assert taken == []
     levers = {"checkpointed_layers": 3, "offload_layer_inputs": True, "mlp_tile_tokens": 20}
-    assert _losses(tmp_path, "levered", levers) == pytest.approx(plain, rel=1e-5)
-    assert len(taken) == 3 * 2 * 2  # steps, micro-batches, checkpointed layers but the last
+    in_ram = {"streamed_layers": 3, "embedding_on_host": True}
+    for name, hardware in (("levered", levers), ("in RAM", {**levers, **in_ram})):
+        taken.clear()
+        assert _losses(tmp_path, name, hardware) == pytest.approx(plain, rel=1e-5)
+        assert len(taken) == 3 * 2 * 2  # steps, micro-batches, checkpointed layers but the last

@@ -147,6 +147,26 @@ BAD_SETTINGS = {
             "auto, adamw or adamw_8bit with hardware.device = cpu: pages move between a GPU and the RAM",
         ),
     ),
+    "too few streamed layers": (
+        {"hardware": {"streamed_layers": 2}},
+        Problem(
+            "hardware.streamed_layers",
+            "2",
+            "0, or at least 3: the weights of two streamed layers are on the GPU at any time",
+        ),
+    ),
+    "16-bit layers that are to be streamed": (
+        {"hardware": {"streamed_layers": 4}, "training": {"method": "lora"}},
+        Problem("hardware.streamed_layers", "4", "0 with training.method = lora: only 4-bit weights are streamed"),
+    ),
+    "embeddings that are trained in RAM": (
+        {"hardware": {"embedding_on_host": True}, "training": {"method": "full"}},
+        Problem(
+            "hardware.embedding_on_host",
+            "true",
+            "false with training.method = full: it trains the embeddings, which must then lie on the GPU",
+        ),
+    ),
 }
 
 

@@ -47,9 +47,9 @@ def _batches(loaded: LoadedModel, *, image_px: int = 32) -> list[MicroBatch]:
     return batches
 
 
-def _saved(tmp_path: Path, config: TrainingConfig) -> tuple[ReloadPlan, Path]:
+def _saved(tmp_path: Path, config: TrainingConfig, *, num_layers: int = 2) -> tuple[ReloadPlan, Path]:
     """The plan and the reference of a short run with `config`, saved below `tmp_path`."""
-    folder = tiny.build_tiny_llava(tmp_path / "base")
+    folder = tiny.build_tiny_llava(tmp_path / "base", num_layers=num_layers)
     loaded = _train(folder, config)
     saved, reference = tmp_path / "saved", tmp_path / "reference.safetensors"
     if config.training.lora is None:
@@ -85,6 +85,24 @@ def test_a_reload_gives_the_trained_models_logits(tmp_path: Path, sections: dict
     if plan.base is not None:
         assert result.adapter_effect is not None
         assert result.adapter_effect > 5 * result.tolerance
+
+
+@pytest.mark.parametrize("random_weights_seed", [None, 3])
+def test_weights_that_lay_in_ram_lie_there_again(tmp_path: Path, random_weights_seed: int | None) -> None:
+    """The saved adapter is that of a run without; the reloading process needs as little of the GPU as the run."""
+    plans = {}
+    for name, hardware in (("plain", {}), ("in RAM", {"streamed_layers": 3, "embedding_on_host": True})):
+        model = {"random_weights_seed": random_weights_seed}
+        config = tiny_config({"model": model, "hardware": {"device": "cpu", **hardware}}, precision="fp32")
+        plans[name] = _saved(tmp_path / name, config, num_layers=4)
+        result = reload.compare(*plans[name])
+        assert result.ok
+        assert result.relative_difference <= 1e-5
+        assert result.adapter_effect > 5 * result.tolerance
+        assert ("3 of its layers streamed by EightGig, its embeddings looked up in RAM" in result.how) is bool(hardware)
+    plain, ours = (load_file(tmp_path / name / "saved" / "adapter_model.safetensors") for name in plans)
+    assert plain.keys() == ours.keys()
+    assert all(torch.equal(plain[name], ours[name]) for name in plain)
 
 
 def test_the_fresh_process_does_the_same(tmp_path: Path) -> None:

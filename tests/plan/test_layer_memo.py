@@ -123,6 +123,20 @@ def test_a_full_size_model(model: str) -> None:
     assert_equal_traces(config, registry.get(model))
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_layers_whose_weights_come_from_the_host(checkpointing: bool, tmp_path: Path) -> None:
+    hardware = {"gradient_checkpointing": checkpointing, "streamed_layers": 4, "embedding_on_host": True}
+    config = TrainingConfig.model_validate(
+        {
+            "model": {"name": str(build_tiny_llava(tmp_path / "model", image_px=32, num_layers=6))},
+            "data": {"max_length": 40},
+            "training": {"batch_size": 2, "gradient_accumulation_steps": 3},
+            "hardware": hardware,
+        }
+    )
+    assert_equal_traces(config, resolve(config.model.name))
+
+
 class _Layer(torch.nn.Module):
     """A layer that keeps some of its intermediate tensors and writes into others."""
 

@@ -14,15 +14,17 @@ from hypothesis import strategies as st
 from tests.tiny import build_tiny_llava
 
 from eightgig.config import TrainingConfig
+from eightgig.core.errors import ConfigError
 from eightgig.core.units import MIB, format_bytes
 from eightgig.memory import layer_inputs
 from eightgig.plan.candidates import Candidates, with_changes
 from eightgig.plan.fewer_checkpointed import smallest_fit
 from eightgig.plan.levers import _settings, levers_of
 from eightgig.plan.plan import Plan, plan
-from eightgig.plan.search import OFFLOAD, TILE_TOKENS, TILES, Request, _cheap_changes, search
+from eightgig.plan.search import OFFLOAD, TILE_TOKENS, TILES, Request, _cheap_changes, _fewest_streamed, search
 from eightgig.plan.workload import Workload, largest_workload
 from eightgig.registry import ModelSpec, resolve
+from eightgig.registry.family import base_model
 from eightgig.registry.gpus import GpuFacts, get_gpu
 
 CHECKPOINTING, LAYERS, BATCH, ACCUMULATION = (
@@ -178,6 +180,20 @@ def test_levers_are_the_difference_to_the_run_without_them(config: TrainingConfi
     assert all(lever.saves_bytes > 0 and lever.reason for lever in levers.values())
 
 
+def test_weights_in_ram_are_levers(config: TrainingConfig, spec: ModelSpec) -> None:
+    settings = {"hardware.streamed_layers": 4, "hardware.embedding_on_host": True}
+    gpu = get_gpu("RTX 4060")
+    candidates = Candidates(config, spec, gpu, gpu.vram_bytes, lambda variant: largest_workload(variant, spec), None)
+    found = candidates.get(settings)
+    assert found is not None
+    without = {path: off for _, changes, _ in _settings(found, NUM_LAYERS) for path, off in changes.items()}
+    for path, value in (("hardware.streamed_layers", 0), ("hardware.embedding_on_host", False)):
+        assert without[path] == value
+        other = candidates.get({**settings, path: value})
+        assert other is not None
+        assert other.result.peak_allocated_bytes > found.result.peak_allocated_bytes
+
+
 def test_changes_that_contradict_settings_are_none(config: TrainingConfig) -> None:
     changes: Mapping[str, Any] = {"training.batch_size": 0}
     assert with_changes(config, changes) is None
@@ -242,11 +258,11 @@ def test_long_rows_are_offered_tiles_then_the_host_before_shorter_texts(
         assert variant is not None
         return [path for change, _ in _cheap_changes(request_for(variant, spec)) for path in change]
 
-    paged = "training.optimizer"
-    assert offered(**{"data.max_length": 2 * TILE_TOKENS}) == [TILES, OFFLOAD, paged]
-    assert offered(**{"data.max_length": 2 * TILE_TOKENS, TILES: 4 * TILE_TOKENS}) == [TILES, OFFLOAD, paged]
-    assert offered(**{"data.max_length": 2 * TILE_TOKENS, TILES: 100, OFFLOAD: True}) == [paged]
-    assert offered(**{"data.max_length": TILE_TOKENS // 2, LAYERS: 2}) == [LAYERS, OFFLOAD, paged]
+    to_ram = ["training.optimizer", "hardware.embedding_on_host"]
+    assert offered(**{"data.max_length": 2 * TILE_TOKENS}) == [TILES, OFFLOAD, *to_ram]
+    assert offered(**{"data.max_length": 2 * TILE_TOKENS, TILES: 4 * TILE_TOKENS}) == [TILES, OFFLOAD, *to_ram]
+    assert offered(**{"data.max_length": 2 * TILE_TOKENS, TILES: 100, OFFLOAD: True}) == to_ram
+    assert offered(**{"data.max_length": TILE_TOKENS // 2, LAYERS: 2}) == [LAYERS, OFFLOAD, *to_ram]
 
 
 def test_the_lever_of_layer_inputs_says_what_is_pinned(
@@ -261,3 +277,46 @@ def test_the_lever_of_layer_inputs_says_what_is_pinned(
     pinned_bytes = (NUM_LAYERS - 1) * found.work.batch.model_inputs["input_ids"].numel() * 64 * 2  # bf16
     notes = {name: note for name, _, note in _settings(found, NUM_LAYERS)}
     assert notes["layer inputs on the host"] == f"{format_bytes(pinned_bytes)} of the host's memory are pinned; "
+
+
+def test_where_nothing_else_fits_it_streams_as_few_layers_as_will_do(config: TrainingConfig, spec: ModelSpec) -> None:
+    """Beside a plan of each number of layers, on top of all changes that cost less."""
+    cheaper = {CHECKPOINTING: True, "training.optimizer": "paged_adamw_8bit", "training.loss_chunk_tokens": 256}
+    cheaper |= {OFFLOAD: True, "hardware.embedding_on_host": True}
+    allocated: dict[int, int] = {}
+    for count in (0, 3, 4, 5, 6):
+        variant = with_changes(config, {**cheaper, "hardware.streamed_layers": count})
+        assert variant is not None
+        allocated[count] = plan(variant, spec, card_of(1 << 40), reserve_bytes=0).peak.allocated_bytes
+    assert sorted(allocated.values(), reverse=True) == list(allocated.values())
+
+    class Sized(Candidates):
+        """Fits by what is allocated: segments of 2 MiB are coarser than a tiny layer."""
+
+        limit_bytes = 0
+
+        def get(self, changes: Mapping[str, Any]) -> Any:
+            found = super().get(changes)
+            if found is None:
+                return None
+            return replace(found, fits=found.result.peak_allocated_bytes <= self.limit_bytes)
+
+    candidates = Sized(config, spec, card_of(1 << 40), 1 << 40, lambda variant: largest_workload(variant, spec), None)
+    for limit_bytes, expected in ((allocated[5], 5), (allocated[4] - 1, 5), (allocated[3], 3), (allocated[6] - 1, 6)):
+        candidates.limit_bytes = limit_bytes
+        assert _fewest_streamed(candidates, cheaper) == expected
+
+
+def test_a_model_that_can_not_keep_its_embedding_in_ram_is_not_offered_it(
+    config: TrainingConfig, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def heads(family: Any, model: Any) -> list[Any]:
+        return [base_model(model).lm_head]
+
+    monkeypatch.setattr(type(spec.family), "host_tables", heads)
+    found = searched(config, spec, 900 * MIB)
+    assert all("hardware.embedding_on_host" not in each.settings for each in found.alternatives)
+    variant = with_changes(config, {"hardware.embedding_on_host": True})
+    assert variant is not None
+    with pytest.raises(ConfigError, match="its head computes with the same table"):
+        plan(variant, spec, None, reserve_bytes=0)

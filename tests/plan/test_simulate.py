@@ -176,6 +176,11 @@ def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
         {"offload_layer_inputs": True},
         {"offload_layer_inputs": True, "checkpointed_layers": 3, "mlp_tile_tokens": 20},
         {"mlp_tile_tokens": 50, "gradient_checkpointing": False},
+        {"embedding_on_host": True},
+        {"embedding_on_host": True, "gradient_checkpointing": False},
+        {"streamed_layers": 3},
+        {"streamed_layers": 3, "gradient_checkpointing": False},
+        {"streamed_layers": 4, "offload_layer_inputs": True, "checkpointed_layers": 4, "mlp_tile_tokens": 20},
     ],
 )
 @pytest.mark.usefixtures("every_size")

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from eightgig.plan import card_rates
 from eightgig.plan.card_rates import ESTIMATED, CardRates, attained, rates_as_json, rates_of
-from eightgig.plan.op_costs import ATTENTION, ATTENTION_BACKWARD, BESIDE, MEMORY, PRODUCT, TRANSFER, OpCost
-from eightgig.plan.step_time import device_seconds, issue_seconds, planned_time, seconds
+from eightgig.plan.op_costs import ATTENTION, ATTENTION_BACKWARD, BESIDE, MEMORY, PREFETCH, PRODUCT, TRANSFER, OpCost
+from eightgig.plan.step_time import device_seconds, issue_seconds, link_seconds, planned_time, seconds
 from eightgig.registry.gpus import all_gpus, get_gpu, gpu_of_vram
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -52,6 +52,19 @@ ROUND = CardRates(
 def test_an_operation_takes_its_launches_and_what_binds_it(cost: OpCost, expected_s: float) -> None:
     assert device_seconds({cost: 1}, ROUND) == pytest.approx(expected_s)
     assert device_seconds({cost: 3}, ROUND) == pytest.approx(3 * expected_s)
+
+
+def test_what_is_fetched_meanwhile_takes_no_time_of_the_card_but_may_take_the_longest() -> None:
+    computed, fetched = OpCost(MEMORY, BF16, 0, 9000), OpCost(PREFETCH, torch.uint8, 0, 3000)
+    alone_s = device_seconds({computed: 10}, ROUND)
+    assert device_seconds({computed: 10, fetched: 1}, ROUND) == alone_s
+    assert seconds({computed: 100, fetched: 1}, ROUND) == device_seconds({computed: 100}, ROUND)
+    assert seconds({computed: 1, fetched: 4}, ROUND) == link_seconds({fetched: 4}, ROUND) == pytest.approx(600)
+
+
+def test_all_that_goes_beside_computing_shares_the_link() -> None:
+    fetched, offloaded = OpCost(PREFETCH, torch.uint8, 0, 3000), OpCost(BESIDE, BF16, 0, 5000)
+    assert seconds({fetched: 2, offloaded: 1}, ROUND) == pytest.approx((2 * 3000 + 5000) / ROUND.transfer_bytes_per_s)
 
 
 def test_the_longer_of_card_and_cpu_is_what_it_takes() -> None:

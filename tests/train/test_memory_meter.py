@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import mmap
+from dataclasses import replace
 from typing import Any
 
+import bitsandbytes as bnb
 import psutil
 import pytest
 import torch
 from torch import nn
 
 from eightgig.memory.device_use import DeviceUse
+from eightgig.memory.streaming import StreamedWeights
 from eightgig.models.receipt import Receipt, ReceiptRow
 from eightgig.train.memory_meter import MemoryMeter
 
@@ -130,6 +133,22 @@ def test_categories_on_a_gpu_add_up_to_the_peak(card: dict[str, int]) -> None:
     assert record["counts_other_programs"] is False
     below_peak = [name for name in categories if name not in ("allocator overhead", "CUDA context")]
     assert sum(categories[name] for name in below_peak) == 5000
+
+
+def test_weights_in_ram_are_not_among_the_gpus(card: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    linears = [nn.Sequential(bnb.nn.Linear4bit(64, 64, bias=False)).to(CPU) for _ in range(3)]
+    streamed = StreamedWeights(linears, CPU)
+    for linear in linears:
+        linear.eval()(torch.ones(1, 64))
+    rows = (*RECEIPT.rows[:1], replace(RECEIPT.rows[0], on_host=True), replace(RECEIPT.rows[1], on_host=True))
+    receipt = replace(RECEIPT, rows=(*rows, *RECEIPT.rows[2:]))
+    record = MemoryMeter(torch.device("cuda")).record(receipt, *_trained(), streamed)
+    block_bytes = 64 * 64 // 2 + 512  # the 64 scales begin with a multiple of 512
+    assert record["categories"]["4-bit weights"] == 1000 + 2 * block_bytes
+    assert record["categories"]["16-bit weights"] == 40
+    assert record["host_weights_bytes"] == 300 + 3 * block_bytes
+    assert record["streamed_bytes"] == 3 * block_bytes
 
 
 def test_a_step_sees_the_highest_of_all_phases(card: dict[str, int]) -> None:

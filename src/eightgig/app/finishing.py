@@ -45,7 +45,8 @@ def finish(run: Run, folder: RunFolder, listener: TrainingListener, *, is_dry_ru
 
 
 def _save_and_prove(run: Run, folder: RunFolder, listener: TrainingListener) -> RunOutcome:
-    peak = run.meter.record(run.loaded.receipt, run.trainable, run.step.optimizer) | planned_record(run)
+    measured = run.meter.record(run.loaded.receipt, run.trainable, run.step.optimizer, run.loaded.streamed)
+    peak = measured | planned_record(run)
     write_json(folder.memory, peak)
     line = memory_line(run)
     if line is not None:

@@ -124,6 +124,8 @@ def _peak_lines(planned: Mapping[str, Any]) -> Iterator[str]:
         f"at the peak ({peak['moment']}) PyTorch allocates {format_bytes(peak['allocated_bytes'])} "
         f"and reserves {format_bytes(peak['reserved_bytes'])}"
     )
+    if planned["host_bytes"]:
+        yield from _wrapped(f"weights that stay in RAM: {format_bytes(planned['host_bytes'])}")
     phases = (f"{name} {format_bytes(size)}" for name, size in planned["phases"].items())
     yield from _wrapped(f"on the card in each phase: {', '.join(phases)}")
 

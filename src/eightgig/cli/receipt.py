@@ -30,7 +30,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         str(row["group"]),
         format_count(row["num_parameters"]),
-        str(row["storage_dtype"]),
+        f"{row['storage_dtype']} in RAM" if row.get("on_host") else str(row["storage_dtype"]),
         "yes" if row["is_4bit"] else "no",
         format_bytes(row["bytes_16bit"]),
         format_bytes(row["bytes_now"]),

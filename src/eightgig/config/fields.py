@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 
 UNKNOWN_KEY = "unknown_key"  # the pydantic error type that `messages` knows
+MIN_STREAMED_LAYERS = 3  # one more than `memory.weight_ring` keeps on the GPU
 
 _NUMBER_IN_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
@@ -47,12 +48,24 @@ def _check_pattern(pattern: str) -> str:
     return pattern
 
 
+def _check_streamed(num_layers: int) -> int:
+    """`num_layers`, or an error where so few streamed layers would save nothing."""
+    if 0 < num_layers < MIN_STREAMED_LAYERS:
+        raise PydanticCustomError(
+            "streamed_layers",
+            "0, or at least {least}: the weights of two streamed layers are on the GPU at any time",
+            {"least": MIN_STREAMED_LAYERS},
+        )
+    return num_layers
+
+
 _FromText = BeforeValidator(_number_from_text)
 
 # Strict, so that True is no 1, "8" no 8 and "yes" no True.
 Flag = Annotated[bool, Strict()]
 Count = Annotated[int, Strict(), Field(ge=1)]
 CountOrZero = Annotated[int, Strict(), Field(ge=0)]
+StreamedLayers = Annotated[CountOrZero, AfterValidator(_check_streamed)]
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**63)]  # as wide as what `core.seeds` derives
 Rank = Annotated[int, Strict(), Field(ge=1, le=1024)]
 ImageSide = Annotated[int, Strict(), Field(ge=14, le=8192)]  # px; no family's patches are smaller than 14 px

@@ -16,7 +16,14 @@ from eightgig.core.errors import Problem
 
 Location = tuple[str | int, ...]
 
-_OWN_ERRORS = (CLASH, "preset", "schema_version", "pattern", "blank")  # raised by this room: their text says it all
+_OWN_ERRORS = (
+    CLASH,
+    "preset",
+    "schema_version",
+    "pattern",
+    "blank",
+    "streamed_layers",
+)  # raised by this room: their text says it all
 
 # What other trainers call a setting of ours, where the nearest spelling would not find it.
 _FOREIGN_NAMES = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import PydanticCustomError
 
 from eightgig.config.clash import Clash
-from eightgig.config.enums import OptimizerName
+from eightgig.config.enums import OptimizerName, TrainingMethod
 from eightgig.config.preset_cards import PRESET_CARDS
 from eightgig.config.values import shown
 
@@ -33,7 +33,12 @@ def preset_names_text(name: str) -> str:
 
 def contradictions(config: TrainingConfig) -> list[Clash]:
     """Every pair of settings of `config` that can't both hold."""
-    return [*_against_preset(config), *_without_gpu(config), *_without_checkpointing(config)]
+    return [
+        *_against_preset(config),
+        *_without_gpu(config),
+        *_without_checkpointing(config),
+        *_trained_on_host(config),
+    ]
 
 
 def value_at(config: Any, path: str) -> Any:
@@ -104,3 +109,28 @@ def _without_checkpointing(config: TrainingConfig) -> list[Clash]:
         for name, neutral in settings.items()
         if getattr(hardware, name) != neutral
     ]
+
+
+def _trained_on_host(config: TrainingConfig) -> list[Clash]:
+    """Weights that are to stay in RAM although they are trained, or are not stored in 4 bits."""
+    clashes = []
+    method = config.training.method
+    if config.hardware.embedding_on_host and method is TrainingMethod.FULL:
+        clashes.append(
+            Clash(
+                path=("hardware", "embedding_on_host"),
+                value=True,
+                allowed="false with training.method = full: it trains the embeddings, which must then lie on the GPU",
+                other="training.method",
+            )
+        )
+    if config.hardware.streamed_layers and not config.training.quantization.load_in_4bit:
+        clashes.append(
+            Clash(
+                path=("hardware", "streamed_layers"),
+                value=config.hardware.streamed_layers,
+                allowed=f"0 with training.method = {method.value}: only 4-bit weights are streamed",
+                other="training.method",
+            )
+        )
+    return clashes

@@ -29,6 +29,7 @@ from eightgig.config.fields import (
     Rank,
     Section,
     Seed,
+    StreamedLayers,
     Text,
 )
 from eightgig.config.rules import check_preset_name, contradictions
@@ -149,6 +150,12 @@ class HardwareConfig(Section):
     )
     mlp_tile_tokens: Count | None = Field(
         None, description="tokens that the MLP of a layer takes at one time; null = all of a batch"
+    )
+    embedding_on_host: Flag = Field(
+        False, description="keep the frozen table of input embeddings in RAM, not on the GPU"
+    )
+    streamed_layers: StreamedLayers = Field(
+        0, description="decoder layers whose 4-bit weights stay in RAM and come to the GPU when they are due; 0 = none"
     )
     cap_gib: PositiveNumber | None = Field(
         None, description="limit of what PyTorch may reserve on the GPU, in GiB; null = the whole card"

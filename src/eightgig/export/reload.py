@@ -18,11 +18,13 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 
 from eightgig import registry
+from eightgig.config import HardwareConfig
 from eightgig.core.files import write_json
 from eightgig.export.reference import read_reference
 from eightgig.export.verify import ReloadPlan, Verification
 from eightgig.memory.cap import limit_allocator
 from eightgig.models.fp32_islands import run_in_fp32
+from eightgig.models.host_weights import keep_on_host, leaving_the_gpu
 from eightgig.models.quantization import disable_cpu_repacking
 from eightgig.models.random_weights import build_random
 from eightgig.registry import ModelSpec
@@ -63,18 +65,15 @@ def load(plan: ReloadPlan) -> tuple[Any, str]:
     if plan.base is None:
         model, _ = spec.family.load_model(plan.saved, **_load_arguments(plan, spec))
         return model.eval(), f"fresh process, {whose}: from_pretrained({plan.saved!r})"
-    if plan.random_weights_seed is None:
-        base, _ = spec.family.load_model(plan.base, revision=plan.revision, **_load_arguments(plan, spec))
-        how = f"fresh process, {whose} and peft: from_pretrained({plan.base!r})"
-    else:
-        base = build_random(
-            spec,
-            seed=plan.random_weights_seed,
-            device=torch.device(plan.device),
-            dtype=getattr(torch, plan.dtype),
-            quantization_config=_quantization(plan),
-        )
-        how = f"fresh process, peft; base model {plan.base} rebuilt with random weights {plan.random_weights_seed}"
+    hardware = HardwareConfig(embedding_on_host=plan.embedding_on_host, streamed_layers=plan.streamed_layers)
+    device = torch.device(plan.device)
+    with leaving_the_gpu(hardware, spec, device):
+        base, how = _load_base(plan, spec, whose, device)
+    base.requires_grad_(False)
+    if keep_on_host(hardware, spec, base, device) is not None:
+        how += f", {plan.streamed_layers} of its layers streamed by EightGig"
+    if hardware.embedding_on_host:
+        how += ", its embeddings looked up in RAM"
     disable_cpu_repacking(base)  # so that a CPU with AVX512-BF16 compares with the kernels that trained
     if plan.fp32_modules:
         run_in_fp32(base, plan.fp32_modules)
@@ -84,6 +83,21 @@ def load(plan: ReloadPlan) -> tuple[Any, str]:
         tower.forward = functools.partial(tower.forward, interpolate_pos_encoding=True)
         how += ", the vision tower's positions interpolated"
     return PeftModel.from_pretrained(base, plan.saved).eval(), f"{how}, PeftModel.from_pretrained({plan.saved!r})"
+
+
+def _load_base(plan: ReloadPlan, spec: ModelSpec, whose: str, device: torch.device) -> tuple[Any, str]:
+    """The base model, and how it was loaded."""
+    if plan.random_weights_seed is None:
+        base, _ = spec.family.load_model(str(plan.base), revision=plan.revision, **_load_arguments(plan, spec))
+        return base, f"fresh process, {whose} and peft: from_pretrained({plan.base!r})"
+    base = build_random(
+        spec,
+        seed=plan.random_weights_seed,
+        device=device,
+        dtype=getattr(torch, plan.dtype),
+        quantization_config=_quantization(plan),
+    )
+    return base, f"fresh process, peft; base model {plan.base} rebuilt with random weights {plan.random_weights_seed}"
 
 
 def _spec(plan: ReloadPlan) -> ModelSpec:

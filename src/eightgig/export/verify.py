@@ -46,6 +46,7 @@ class ReloadPlan:
         interpolated_towers: paths of the towers whose positions must be interpolated on the fly.
         fp32_modules: patterns of paths of modules that must run in fp32 in a model of another dtype.
         cap_gib: limit of what PyTorch may reserve on the GPU.
+        embedding_on_host, streamed_layers: as in the run, where the whole model need not fit the GPU.
     """
 
     base: str | None
@@ -59,6 +60,8 @@ class ReloadPlan:
     fp32_modules: tuple[str, ...]
     cap_gib: float | None
     tolerance: float
+    embedding_on_host: bool = False
+    streamed_layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ def reload_plan(
         fp32_modules=spec.family.fp32_in_fp16 if dtype is torch.float16 else (),
         cap_gib=config.hardware.cap_gib if device.type == "cuda" else None,
         tolerance=TOLERANCES[precision.mixed_precision],
+        embedding_on_host=config.hardware.embedding_on_host,
+        streamed_layers=config.hardware.streamed_layers,
     )
 
 

@@ -18,7 +18,9 @@ from torch import nn
 from eightgig.config import MixedPrecision, TrainingMethod
 from eightgig.core.errors import CheckpointError, DoesNotFit, UnsupportedModel
 from eightgig.core.logging import get_logger
+from eightgig.memory.streaming import StreamedWeights
 from eightgig.models.fp32_islands import run_in_fp32
+from eightgig.models.host_weights import keep_on_host, leaving_the_gpu
 from eightgig.models.precision import Precision
 from eightgig.models.quantization import disable_cpu_repacking, quantization_config
 from eightgig.models.random_weights import build_random
@@ -51,6 +53,7 @@ class LoadedModel:
         model: the transformers model, or the PeftModel around it once adapters are attached (both libraries untyped).
         processor: the transformers processor, set to the configured image size.
         receipt: what the weights are stored as; renewed when adapters are attached.
+        streamed: weights that come from host memory when they are due; None without such.
     """
 
     model: Any
@@ -59,6 +62,7 @@ class LoadedModel:
     receipt: Receipt
     precision: Precision
     device: torch.device
+    streamed: StreamedWeights | None = None
 
 
 def load_model(config: TrainingConfig, spec: ModelSpec, device: torch.device, precision: Precision) -> LoadedModel:
@@ -69,7 +73,7 @@ def load_model(config: TrainingConfig, spec: ModelSpec, device: torch.device, pr
     on a GPU, else fp32, because a gradient scaler needs fp32 gradients and a CPU gains nothing.
 
     Raises:
-        ConfigError: the configured image size does not suit the model.
+        ConfigError: the configured image size does not suit the model, or what is to stay on the host can't.
         UnsupportedModel: weights are missing, or were not stored as asked.
         CheckpointError: a weights file is damaged.
         DoesNotFit: the device's memory does not hold the model.
@@ -80,7 +84,7 @@ def load_model(config: TrainingConfig, spec: ModelSpec, device: torch.device, pr
         spec.family.check_image_px(spec.facts, image_px)
     quantization = quantization_config(config, spec, device, precision)
     dtype = weight_dtype(config.training.method, device, precision)
-    with _explained_load_errors(config, spec, device):
+    with _explained_load_errors(config, spec, device), leaving_the_gpu(config.hardware, spec, device):
         if config.model.random_weights_seed is not None:
             model = build_random(
                 spec,
@@ -93,9 +97,10 @@ def load_model(config: TrainingConfig, spec: ModelSpec, device: torch.device, pr
             model = _from_pretrained(config, spec, device, dtype, quantization)
         processor = load_processor(config, spec)
     prepare_model(model, processor, spec, config, dtype)
+    streamed = keep_on_host(config.hardware, spec, model, device)
     receipt = make_receipt(model, spec, config)
     receipt.check()
-    return LoadedModel(model, processor, spec, receipt, precision, device)
+    return LoadedModel(model, processor, spec, receipt, precision, device, streamed)
 
 
 def prepare_model(model: Any, processor: Any, spec: ModelSpec, config: TrainingConfig, dtype: torch.dtype) -> None:

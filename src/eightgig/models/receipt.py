@@ -47,6 +47,7 @@ class ReceiptRow:
         bytes_16bit: what they would take in 16 bits.
         bytes_now: what their tensors take, quantisation constants among them.
         is_4bit: whether they are stored in 4 bits.
+        on_host: whether they lie in the RAM of a run on a GPU: streamed layers, or a table of embeddings.
     """
 
     group: str
@@ -58,6 +59,7 @@ class ReceiptRow:
     bytes_16bit: int
     bytes_now: int
     is_4bit: bool
+    on_host: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class _Part:
     module_class: str
     storage_dtype: str
     is_4bit: bool
+    on_host: bool
     num_parameters: int
     num_trainable: int
     bytes_now: int
@@ -151,19 +154,23 @@ class _Part:
 
 def make_receipt(model: Any, spec: ModelSpec, config: TrainingConfig) -> Receipt:
     """The receipt of `model` (with or without adapters), read off its tensors, not off its settings."""
-    keyed: dict[tuple[str, str, bool], list[_Part]] = {}
+    keyed: dict[tuple[str, str, bool, bool], list[_Part]] = {}
     counted: set[int] = set()  # tied parameters are met twice
     tables: set[int] = set()  # addresses of constants that many layers may share
     for path, module in _modules(model):
         for part in _parts(path, module, spec, counted, tables):
-            keyed.setdefault((part.group, part.storage_dtype, part.is_4bit), []).append(part)
+            keyed.setdefault((part.group, part.storage_dtype, part.is_4bit, part.on_host), []).append(part)
     rows = [_row(parts) for parts in keyed.values()]
     return Receipt(
         model=spec.name,
         asked=_asked(config),
-        rows=tuple(sorted(rows, key=lambda row: (GROUPS.index(row.group), not row.is_4bit, row.storage_dtype))),
+        rows=tuple(sorted(rows, key=_order)),
         mismatches=tuple(_mismatches(model, spec, config)),
     )
+
+
+def _order(row: ReceiptRow) -> tuple[Any, ...]:
+    return (GROUPS.index(row.group), not row.is_4bit, row.storage_dtype, row.on_host)
 
 
 def _modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -185,6 +192,7 @@ def _parts(path: str, module: nn.Module, spec: ModelSpec, counted: set[int], tab
             module_class=type(module).__name__,
             storage_dtype=str(parameter.dtype).removeprefix("torch."),
             is_4bit=quant_state is not None,
+            on_host=getattr(parameter, "on_host", False),
             num_parameters=num_parameters,
             num_trainable=num_parameters if parameter.requires_grad else 0,
             bytes_now=_bytes_of(parameter, tables),
@@ -213,8 +221,13 @@ def _group(path: str, module: nn.Module, spec: ModelSpec) -> str:
 def _bytes_of(parameter: nn.Parameter, tables: set[int]) -> int:
     """Bytes of the parameter's storage and of its quantisation constants; tables shared by many count once."""
     total = parameter.numel() * parameter.element_size()
-    for tensor in _constants(getattr(parameter, "quant_state", None)):
-        if tensor.data_ptr() not in tables:
+    state: Any = getattr(parameter, "quant_state", None)
+    for tensor in _constants(state):
+        if (
+            state is not None and tensor is state.absmax
+        ):  # never shared; those of streamed layers come to the same address in turns
+            total += tensor.numel() * tensor.element_size()
+        elif tensor.data_ptr() not in tables:
             tables.add(tensor.data_ptr())
             total += tensor.numel() * tensor.element_size()
     return total
@@ -244,6 +257,7 @@ def _row(parts: list[_Part]) -> ReceiptRow:
         bytes_16bit=num_parameters * BYTES_16BIT,
         bytes_now=sum(part.bytes_now for part in parts),
         is_4bit=first.is_4bit,
+        on_host=first.on_host,
     )
 
 

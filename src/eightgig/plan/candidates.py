@@ -89,7 +89,10 @@ class Candidates:
         if config is None:
             return None
         work = self._workload_of(config)
-        simulation = self._simulator.run(config, work, validates=self._validates)
+        try:
+            simulation = self._simulator.run(config, work, validates=self._validates)
+        except ConfigError:  # the model does not go with them
+            return None
         result, fits = place(simulation, config, self.gpu, self.budget_bytes)
         return Candidate(work, simulation, result, fits, time_of(simulation, config, work, self.rates), config)
 

@@ -17,6 +17,7 @@ from eightgig.models.precision import Precision
 from eightgig.models.quantization import quantization_config
 from eightgig.models.random_weights import build_filled
 from eightgig.plan.recorder import Recorder
+from eightgig.plan.trace import MemoryTrace
 
 if TYPE_CHECKING:
     from eightgig.config import TrainingConfig
@@ -33,11 +34,18 @@ def build_fake(
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     dtype = weight_dtype(config.training.method, CUDA, precision)
     _know_state_codes()
+    loading = recorder.ledger
+    assert isinstance(loading, MemoryTrace)
 
     def fill(parameter: nn.Parameter, name: str) -> nn.Parameter:
         with fakes, recorder:
             values = torch.empty(tuple(parameter.shape), dtype=dtype)
-            return _quantised(parameter, values) if isinstance(parameter, bnb.nn.Params4bit) else _frozen(values)
+            is_4bit = isinstance(parameter, bnb.nn.Params4bit)
+            filled: Any = _quantised(parameter, values) if is_4bit else _frozen(values)
+            del values
+        filled.arrived_event = len(loading)  # `plan.host_weights` lets some of them leave the GPU then
+        weight: nn.Parameter = filled
+        return weight
 
     quantization = quantization_config(config, spec, CPU, precision)
     model = build_filled(spec, fill, device=CPU, dtype=dtype, quantization_config=quantization)

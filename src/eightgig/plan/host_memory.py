@@ -91,8 +91,7 @@ class HostTransfers(Transfers):
         return tensor
 
     def _count(self, copy: HostCopy) -> None:
-        if self._recorder.costs is not None:
-            self._recorder.costs[OpCost(BESIDE, copy.dtype, 0, copy.num_bytes)] += 1
+        self._recorder.count(OpCost(BESIDE, copy.dtype, 0, copy.num_bytes))
 
 
 def keep_paged_states_on_host(optimizer: Optimizer, recorder: Recorder) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from eightgig.config import OptimizerName
 from eightgig.core.units import format_bytes
+from eightgig.models.host_weights import EMBEDDING, STREAMED
 from eightgig.plan.allocator import replay
 from eightgig.plan.candidates import Candidate, Candidates
 from eightgig.plan.op_costs import BESIDE, OpCost
@@ -53,6 +54,10 @@ def _settings(found: Candidate, num_layers: int) -> Iterator[tuple[str, dict[str
         yield f"MLP in tiles of {hardware.mlp_tile_tokens:,} tokens", {TILES: None}, ""
     if config.training.optimizer is not OptimizerName.ADAMW:
         yield "8-bit optimizer", {OPTIMIZER: OptimizerName.ADAMW.value}, ""
+    if hardware.embedding_on_host:
+        yield "embeddings in RAM", {EMBEDDING: False}, ""
+    if hardware.streamed_layers:
+        yield f"weights of {hardware.streamed_layers} layers in RAM", {STREAMED: 0}, ""
     yield "loss in chunks", {CHUNK: WHOLE_LOSS_TOKENS}, ""
 
 

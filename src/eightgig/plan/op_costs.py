@@ -26,6 +26,7 @@ ATTENTION_BACKWARD = "attention backward"
 MEMORY = "memory"
 TRANSFER = "transfer"
 BESIDE = "transfer beside computing"
+PREFETCH = "prefetch"
 
 TENSORS_PER_FOREACH_KERNEL = (
     64  # torch's MultiTensorApply.cuh, depth_to_max_tensors: 110 for 1 list, 64 for 2, 48 for 3
@@ -40,7 +41,8 @@ class OpCost:
 
     Attributes:
         kind: PRODUCT, ATTENTION, ATTENTION_BACKWARD, MEMORY (all that computes little), TRANSFER (host to card or
-            back) or BESIDE (the same on a stream of its own, for which nothing waits that is not slower).
+            back), or one of two on a stream of its own, for which nothing waits that is not slower: BESIDE (what goes
+            to the host and comes back) and PREFETCH (what comes from there alone).
         dtype: what it computes in; of memory-bound operations that of the output.
         flops: floating-point operations of products, a multiplication and an addition being two; 0 where memory binds.
         moved_bytes: read and written by the kernel that does the work.

@@ -92,6 +92,7 @@ class Plan:
         levers: settings that save memory, and what each costs.
         alternatives: where the run does not fit: settings that would, the smallest change first.
         time: None where the card's rates are not known.
+        host_bytes: of weights that are kept in host memory; what else a process takes there comes on top.
     """
 
     model: str
@@ -107,6 +108,7 @@ class Plan:
     levers: tuple[Lever, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
     time: PlannedTime | None = None
+    host_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data for JSON."""
@@ -179,6 +181,7 @@ def told(
         workload=workload_sizes(placed.work),
         config=config.model_dump(mode="json"),
         time=placed.time,
+        host_bytes=placed.simulation.host_bytes,
     )
 
 

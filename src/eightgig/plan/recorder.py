@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from eightgig.plan.categories import OTHER
 from eightgig.plan.cuda_rules import CudaRules
 from eightgig.plan.fake_ops import FakeOps
-from eightgig.plan.op_costs import OpCost, op_cost
+from eightgig.plan.op_costs import TRANSFER, OpCost, op_cost
 
 aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
@@ -67,6 +67,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._rules = rules
         self._fake_ops = FakeOps()
         self._is_paused = False
+        self._left_out: frozenset[int] = frozenset()
         # The address of a live storage's C++ object -> where it is written down, and what frees it there.
         self._entries: dict[int, tuple[Ledger, int, weakref.finalize[Any, Any]]] = {}
 
@@ -96,13 +97,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.costs is not None:
             cost = op_cost(func, args, keywords, output)
             if cost is not None:
-                self.costs[cost] += 1
+                self.count(cost)
         return output
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """No: nothing is compiled here, and torch's guard around each operation takes as long as writing it down."""
         return False
+
+    def count(self, cost: OpCost) -> None:
+        """Add `cost`, where costs are asked for."""
+        if self.costs is not None:
+            self.costs[cost] += 1
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -112,6 +118,27 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             yield
         finally:
             self._is_paused = before
+
+    @contextlib.contextmanager
+    def leaving_out(self, tensors: Iterable[Tensor]) -> Iterator[None]:
+        """Inside, the storages of `tensors`, which live throughout, lie on the host; views of them are no blocks."""
+        addresses = frozenset(tensor.untyped_storage()._cdata for tensor in tensors)
+        entries = {address: self._entries.pop(address) for address in addresses}
+        self._left_out = addresses
+        try:
+            yield
+        finally:
+            self._left_out = frozenset()
+            self._entries |= entries
+
+    def received(self, tensor: Tensor) -> Tensor:
+        """`tensor`, which is on the host, as it arrives on the GPU."""
+        with self.paused():
+            arrived = tensor.clone()
+        num_bytes = arrived.untyped_storage().nbytes()
+        self.enter(arrived, self.ledger.alloc(num_bytes, self.category))
+        self.count(OpCost(TRANSFER, arrived.dtype, 0, num_bytes))
+        return arrived
 
     def enter(self, tensor: Tensor, block: int) -> None:
         """Take `tensor`'s storage, made while paused, for `block` of the ledger: it is freed there when it goes."""
@@ -156,7 +183,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in leaves:
             if isinstance(tensor, Tensor) and _device(tensor).type != "meta":
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self._entries:
+                if storage._cdata not in self._entries and storage._cdata not in self._left_out:
                     self.enter(tensor, self.ledger.alloc(storage.nbytes(), self.category))
 
     def _free(self, address: int) -> None:

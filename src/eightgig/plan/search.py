@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from eightgig.config.fields import MIN_STREAMED_LAYERS
+from eightgig.models.host_weights import EMBEDDING, STREAMED
 from eightgig.plan.candidates import Candidate, Candidates, Changes, WorkloadOf
 from eightgig.plan.card_rates import CardRates
 from eightgig.plan.fewer_checkpointed import CHECKPOINTED_LAYERS, fewer_checkpointed
@@ -156,6 +158,14 @@ def _alternatives(request: Request, candidates: Candidates) -> Iterator[Alternat
         if found.fits:
             yield _alternative(changes, found, price)
             return
+    streamed = _fewest_streamed(candidates, changes)
+    if streamed is not None:
+        changes[STREAMED] = streamed
+        found = candidates.get(changes)
+        assert found is not None
+        if found.fits:
+            yield _alternative(changes, found, "their weights come from RAM in each pass")
+            return
     length = _longest_length(request, candidates, changes)
     if length is not None:
         found = candidates.get({**changes, LENGTH: length})
@@ -182,6 +192,27 @@ def _cheap_changes(request: Request) -> Iterator[tuple[dict[str, object], str]]:
     if not config.hardware.offload_layer_inputs:
         yield {OFFLOAD: True}, "the layers' inputs wait in the host's memory, which must have room for them"
     yield {OPTIMIZER: "paged_adamw_8bit"}, "the optimizer's states move to the host where the card is full"
+    if not config.hardware.embedding_on_host:
+        yield {EMBEDDING: True}, "embeddings are looked up in RAM"
+
+
+def _fewest_streamed(candidates: Candidates, changes: Changes) -> int | None:
+    """The fewest streamed layers with which the run fits; all of them where none suffice, None where none can be.
+
+    Each one more takes less of the card, until all are streamed.
+    """
+    counts = range(
+        max(MIN_STREAMED_LAYERS, candidates.config.hardware.streamed_layers), candidates.num_decoder_layers + 1
+    )
+    if not counts or candidates.get({**changes, STREAMED: counts[-1]}) is None:
+        return None
+
+    def is_too_few(count: int) -> bool:
+        found = candidates.get({**changes, STREAMED: count})
+        return found is None or not found.fits
+
+    too_few = longest_fit(counts, is_too_few)
+    return counts[0] if too_few is None else min(too_few + 1, counts[-1])
 
 
 def _longest_length(request: Request, candidates: Candidates, changes: Changes) -> int | None:

@@ -29,6 +29,7 @@ from eightgig.plan.cuda_functions import fuse_dropout
 from eightgig.plan.cuda_rules import CudaRules
 from eightgig.plan.fake_model import CPU, CUDA, build_fake
 from eightgig.plan.host_memory import HostBatch, HostCopies, HostTransfers, keep_paged_states_on_host
+from eightgig.plan.host_weights import HostWeights
 from eightgig.plan.layer_memo import LayerMemo
 from eightgig.plan.op_costs import OpCost
 from eightgig.plan.parts import label_weights, tell_parts
@@ -71,6 +72,7 @@ class Simulation:
         num_4bit_parameters: how many weights are stored in 4 bits.
         micro_batch_costs: forward and backward pass of one micro-batch, each kind of operation with how often it runs.
         update_costs: clipping and the optimizer.
+        host_bytes: of weights that are kept in host memory.
     """
 
     trace: MemoryTrace
@@ -78,6 +80,7 @@ class Simulation:
     num_4bit_parameters: int
     micro_batch_costs: Mapping[OpCost, float]
     update_costs: Mapping[OpCost, float]
+    host_bytes: int = 0
 
 
 class Simulator:
@@ -123,13 +126,25 @@ class Simulator:
 
         Raises:
             UnsupportedModel: the model's code takes decisions from values, which are not there.
+            ConfigError: weights that are to stay on the host can't.
         """
+        host = HostWeights(config, self._spec, self._model, self._recorder)
+        trace = host.loading(self._loading)
+        with self._recorder.leaving_out(host.tensors()):
+            simulation = self._run_in(trace, config, work, host, validates=validates)
+        return replace(simulation, host_bytes=host.host_bytes)
+
+    def _run_in(
+        self, trace: MemoryTrace, config: TrainingConfig, work: Workload, host: HostWeights, *, validates: bool
+    ) -> Simulation:
+        """Write the run into `trace`, and leave the model as it was found."""
         forwards = {module: vars(module).get("forward") for module in self._model.modules()}
-        trace = self._loading.copy()
         self._recorder.continue_in(trace)
         self._recorder.category = OTHER
+        handles = []
         try:
             with present_objects_kept():
+                handles = host.engage()
                 return self._run(config, work, trace, validates=validates)
         except _ASKS_FOR_VALUES as error:
             raise UnsupportedModel(
@@ -138,6 +153,8 @@ class Simulator:
                 next_step="train it with `eightgig train`, which says what it took",
             ) from error
         finally:
+            for handle in handles:
+                handle.remove()
             self._recorder.continue_in(self._loading)
             for module, forward in forwards.items():
                 vars(module).pop("forward", None)

@@ -8,7 +8,18 @@ from dataclasses import dataclass
 import torch
 
 from eightgig.plan.card_rates import CardRates
-from eightgig.plan.op_costs import ATTENTION, ATTENTION_BACKWARD, BESIDE, MEMORY, PRODUCT, TRANSFER, OpCost
+from eightgig.plan.op_costs import (
+    ATTENTION,
+    ATTENTION_BACKWARD,
+    BESIDE,
+    MEMORY,
+    PREFETCH,
+    PRODUCT,
+    TRANSFER,
+    OpCost,
+)
+
+_ON_ITS_OWN_STREAM = {BESIDE, PREFETCH}
 
 
 @dataclass(frozen=True)
@@ -61,19 +72,21 @@ def planned_time(
 def seconds(costs: Mapping[OpCost, float], rates: CardRates) -> float:
     """The time of operations that cost `costs`, each with how often it runs.
 
-    The longest of the card's, the CPU's, and that of copies which run beside both.
+    The longest of the card's, the CPU's, and the link's for copies which run beside both.
     """
-    return max(device_seconds(costs, rates), issue_seconds(costs, rates), beside_seconds(costs, rates))
+    return max(device_seconds(costs, rates), issue_seconds(costs, rates), link_seconds(costs, rates))
 
 
 def device_seconds(costs: Mapping[OpCost, float], rates: CardRates) -> float:
     """The card's time for `costs`, were it never to wait for the CPU."""
-    return sum(count * _kernel_seconds(cost, rates) for cost, count in costs.items() if cost.kind != BESIDE)
+    return sum(
+        count * _kernel_seconds(cost, rates) for cost, count in costs.items() if cost.kind not in _ON_ITS_OWN_STREAM
+    )
 
 
-def beside_seconds(costs: Mapping[OpCost, float], rates: CardRates) -> float:
-    """The time of those of `costs` that are copies on a stream of their own."""
-    moved_bytes = sum(count * cost.moved_bytes for cost, count in costs.items() if cost.kind == BESIDE)
+def link_seconds(costs: Mapping[OpCost, float], rates: CardRates) -> float:
+    """The link's time for those of `costs` that are copies on a stream of their own, were they never to wait."""
+    moved_bytes = sum(count * cost.moved_bytes for cost, count in costs.items() if cost.kind in _ON_ITS_OWN_STREAM)
     return moved_bytes / rates.transfer_bytes_per_s
 
 

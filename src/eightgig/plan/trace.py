@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from eightgig.plan.blocks import round_size
@@ -106,6 +106,19 @@ class MemoryTrace:
     def copy(self) -> MemoryTrace:
         """A trace that goes on from here by itself."""
         return copy.deepcopy(self)
+
+    def with_freed(self, freed: Mapping[int, Sequence[int]]) -> MemoryTrace:
+        """A copy in which before each event of `freed` the blocks named there are freed, which here live to the end."""
+        changed = self.copy()
+        del changed.blocks[:], changed.sizes_bytes[:], changed.marks[:]
+        for event in range(len(self) + 1):
+            for block in freed.get(event, ()):
+                changed.free(block)
+            for name in (name for place, name in self.marks if place == event):
+                changed.mark(name)
+            changed.blocks.extend(self.blocks[event : event + 1])
+            changed.sizes_bytes.extend(self.sizes_bytes[event : event + 1])
+        return changed
 
     def empty_cache(self) -> None:
         """Record a call of `torch.cuda.empty_cache`."""

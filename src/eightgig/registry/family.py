@@ -213,6 +213,10 @@ class ModelFamily(ABC):
         """
         return getattr(layer, "mlp", None)
 
+    def host_tables(self, model: Any) -> Sequence[Any]:
+        """The tables of embeddings that `hardware.embedding_on_host` keeps on the host; only looked up by ids."""
+        return [base_model(model).get_input_embeddings()]
+
     def generate(self, model: Any, inputs: Mapping[str, Any], **arguments: Any) -> Any:
         """Ids that `model` writes after the prompts in `inputs`, int64 [batch, new tokens]."""
         return model.generate(**inputs, **arguments)[:, inputs["input_ids"].shape[1] :]

@@ -303,6 +303,10 @@ class Gemma4Family(ModelFamily):
         """Which tokens are an image's own (1)."""
         return {"mm_token_type_ids": (input_ids == processor.tokenizer.image_token_id).long()}
 
+    def host_tables(self, model: Any) -> Sequence[Any]:
+        """The table of each layer's own embeddings, by far the largest; the other one is the head's weight too."""
+        return [base_model(model).get_submodule(self.modules.language_model).embed_tokens_per_layer]
+
     def logits(self, model: Any, hidden: Any) -> Any:
         """Logits, [..., vocab], squeezed into ± the cap by a tanh."""
         logits = super().logits(model, hidden)

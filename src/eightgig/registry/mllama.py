@@ -239,8 +239,12 @@ class MllamaFamily(ModelFamily):
             return super().hidden_states(model, inputs)
         backbone = base_model(model).model
         input_ids = inputs["input_ids"]
-        embeddings = backbone.get_input_embeddings().weight
-        no_features = embeddings.new_zeros(len(input_ids), backbone.vision_model.num_patches, embeddings.shape[1])
+        embeddings = backbone.get_input_embeddings().weight  # may lie on the host
+        no_features = torch.zeros(
+            *(len(input_ids), backbone.vision_model.num_patches, embeddings.shape[1]),
+            dtype=embeddings.dtype,
+            device=input_ids.device,
+        )
         one_masked_tile = inputs["cross_attention_mask"].new_zeros(*input_ids.shape, 1, 1)
         masked = {**inputs, "cross_attention_states": no_features, "cross_attention_mask": one_masked_tile}
         return super().hidden_states(model, masked)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from eightgig.memory.device_use import device_use
+from eightgig.memory.streaming import StreamedWeights
 from eightgig.models.receipt import Receipt
 
 
@@ -98,17 +99,28 @@ class MemoryMeter:
             counts_other_programs=use.counts_other_programs,
         )
 
-    def record(self, receipt: Receipt, trainable: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Any]:
+    def record(
+        self,
+        receipt: Receipt,
+        trainable: Mapping[str, nn.Parameter],
+        optimizer: Optimizer,
+        streamed: StreamedWeights | None = None,
+    ) -> dict[str, Any]:
         """The content of memory.json.
+
+        Weights that are kept in RAM stand in `host_weights_bytes` and not among the categories; the buffers of streamed
+        ones are 4-bit weights.
 
         Categories other than the first five are differences: activations are what the peak of training holds beyond
         weights, gradients and optimizer; the allocator's overhead is what it reserves beyond that; the CUDA context is
         what the driver counts for this process beyond what PyTorch reserves (`counts_other_programs` says where it
         could only tell what the whole card has in use). `device_used_bytes` is that context and the peak reserved.
         """
-        frozen = [row for row in receipt.rows if row.group != "adapters"]
+        frozen = [row for row in receipt.rows if row.group != "adapters" and not row.on_host]
+        tables_bytes = sum(row.bytes_now for row in receipt.rows if row.on_host and not row.is_4bit)
+        ring_bytes = 0 if streamed is None else streamed.ring_bytes
         categories = {
-            "4-bit weights": sum(row.bytes_now for row in frozen if row.is_4bit),
+            "4-bit weights": sum(row.bytes_now for row in frozen if row.is_4bit) + ring_bytes,
             "16-bit weights": sum(row.bytes_now for row in frozen if not row.is_4bit),
             "adapters": sum(row.bytes_now for row in receipt.rows if row.group == "adapters"),
             "gradients": sum(p.numel() * p.element_size() for p in trainable.values()),
@@ -118,6 +130,8 @@ class MemoryMeter:
             "device": torch.cuda.get_device_name(self.device) if self.is_cuda else "cpu",
             "phases": self.peaks,
             "host_peak_rss_bytes": _peak_rss_bytes(self._process),
+            "host_weights_bytes": tables_bytes + (0 if streamed is None else streamed.host_bytes),
+            "streamed_bytes": 0 if streamed is None else streamed.moved_bytes,
         }
         peaks = self.gpu_peaks()
         if peaks is not None:
