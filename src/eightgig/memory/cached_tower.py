@@ -23,7 +23,7 @@ PIXELS = "pixel_values"
 _NAMES_OF_THE_INPUT = (PIXELS, "hidden_states")  # what transformers' towers call their first argument
 
 
-class _TowerDone(Exception):  # noqa: N818  # it ends a forward pass that has done its work
+class _TowerDone(Exception):
     """Ends the model's forward pass where the tower's ends."""
 
     def __init__(self, output: Any) -> None:

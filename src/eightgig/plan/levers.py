@@ -13,8 +13,9 @@ from eightgig.plan.candidates import Candidate, Candidates
 from eightgig.plan.op_costs import OpCost
 from eightgig.plan.plan import Lever, allocator_settings, time_of
 
-CHECKPOINTING, CHUNK, OPTIMIZER = (
+CHECKPOINTING, FEATURES, CHUNK, OPTIMIZER = (
     "hardware.gradient_checkpointing",
+    "hardware.cache_image_features",
     "training.loss_chunk_tokens",
     "training.optimizer",
 )
@@ -39,6 +40,8 @@ def _settings(found: Candidate) -> Iterator[tuple[str, str, object]]:
     config = found.config
     if config.hardware.gradient_checkpointing:
         yield "gradient checkpointing", CHECKPOINTING, False
+    if config.hardware.cache_image_features:
+        yield "image features kept", FEATURES, False
     if config.training.optimizer is not OptimizerName.ADAMW:
         yield "8-bit optimizer", OPTIMIZER, OptimizerName.ADAMW.value
     yield "loss in chunks", CHUNK, WHOLE_LOSS_TOKENS

@@ -98,15 +98,24 @@ class MemoryMeter:
             counts_other_programs=use.counts_other_programs,
         )
 
-    def record(self, receipt: Receipt, trainable: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Any]:
+    def record(
+        self,
+        receipt: Receipt,
+        trainable: Mapping[str, nn.Parameter],
+        optimizer: Optimizer,
+        *,
+        is_tower_off: bool = False,
+    ) -> dict[str, Any]:
         """The content of memory.json.
 
         Categories other than the first five are differences: activations are what the peak of training holds beyond
         weights, gradients and optimizer; the allocator's overhead is what it reserves beyond that; the CUDA context is
         what the driver counts for this process beyond what PyTorch reserves (`counts_other_programs` says where it
         could only tell what the whole card has in use). `device_used_bytes` is that context and the peak reserved.
+        The vision tower's weights are left out where it is off the card in training.
         """
-        frozen = [row for row in receipt.rows if row.group != "adapters"]
+        elsewhere = {"adapters", "vision tower"} if is_tower_off else {"adapters"}
+        frozen = [row for row in receipt.rows if row.group not in elsewhere]
         categories = {
             "4-bit weights": sum(row.bytes_now for row in frozen if row.is_4bit),
             "16-bit weights": sum(row.bytes_now for row in frozen if not row.is_4bit),
