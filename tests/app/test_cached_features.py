@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tests import tiny
+from tests.app.command_line import CommandLine
 
 from eightgig.app.training import resume
 from eightgig.config import TrainingConfig
@@ -125,6 +126,31 @@ def test_a_run_is_that_with_pixels_and_its_result_is_proved(
         assert fed.verification is not None
         assert fed.verification["relative_difference"] <= 1e-5
         assert fed.verification["adapter_effect"] > 1e-3
+
+
+def test_the_command_trains_the_embedded_model_with_kept_features(eightgig: CommandLine, cache: Path) -> None:
+    arguments = ("train", "--model", "eightgig-demo", "--data", str(eightgig.data), "--run-folder", "run")
+    settings = {
+        "hardware.cache_image_features": "true",
+        "hardware.device": "cpu",
+        "hardware.mixed_precision": "fp32",
+        "data.num_workers": "0",
+        "data.val_fraction": "0.2",
+        "training.max_steps": "2",
+        "training.gradient_accumulation_steps": "2",
+        "validation.num_generated": "1",
+        "validation.max_new_tokens": "4",
+    }
+    ended = eightgig(*arguments, *(part for name, value in settings.items() for part in ("--set", f"{name}={value}")))
+    assert ended.code == 0, ended.err
+    assert "image features: 14 images, 0 of them kept from before" in ended.out + ended.err
+    verification = json.loads((eightgig.folder / "run" / "verification.json").read_text())
+    assert verification["ok"]
+    assert len(list(cache.iterdir())) == 1
+    answer = eightgig(
+        "predict", "run", "--image", str(eightgig.data.parent / "images" / "train-0.png"), "--question", "What is it?"
+    )
+    assert answer.code == 0, answer.err
 
 
 def test_a_family_with_images_of_any_size(

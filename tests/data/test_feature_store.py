@@ -151,5 +151,10 @@ def test_inputs_of_several_images_are_laid_end_to_end(tmp_path: Path) -> None:
     assert placeholders == [stored.placeholder for stored in order]
     for name, tensor in inputs.items():
         assert torch.equal(tensor, torch.cat([stored.inputs[name] for stored in order]))
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    reopened = pickle.loads(pickle.dumps(store))
+    with pytest.raises(SampleProblem, match=r"the kept features of .* can't be read"):
+        ImageFeatures(reopened).inputs_of(parts)
     with pytest.raises(SampleProblem, match="is not the file any more"):
         ImageFeatures(store).inputs_of([ImagePart(data=b"three")])

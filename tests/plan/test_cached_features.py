@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ from tests.tiny import build_tiny_llava
 from eightgig.config import MixedPrecision, TrainingConfig
 from eightgig.core.errors import ConfigError
 from eightgig.models.precision import Precision
+from eightgig.plan.candidates import Candidates
+from eightgig.plan.levers import levers_of
 from eightgig.plan.plan import plan
 from eightgig.plan.simulate import Simulation, Simulator
 from eightgig.plan.trace import FREED, MemoryTrace
-from eightgig.plan.workload import largest_workload
-from eightgig.registry import resolve
+from eightgig.plan.workload import Workload, largest_workload
+from eightgig.registry import ModelSpec, resolve
 from eightgig.registry.gpus import get_gpu
 from tiny_families import llava, qwen2_vl, qwen3_vl, qwen_vl, smolvlm
 from tiny_family import TinyFamily, build_tiny_family
@@ -100,6 +103,35 @@ def test_a_plan_says_less_and_names_the_phase(tmp_path: Path) -> None:
     assert fed.peak.allocated_bytes < pixels.peak.allocated_bytes
     assert "features" in fed.phases
     assert "features" not in pixels.phases
+
+
+def test_the_lever_is_told_by_the_run_without_it() -> None:
+    """With a tower of 32 MiB, and training that takes more than that beside the weights."""
+    tower = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {**llava.FACTS.architecture["vision_config"], **tower}
+    facts = replace(llava.FACTS, architecture={**llava.FACTS.architecture, "vision_config": vision})
+    spec, gpu = ModelSpec(llava.TINY[0].family, facts), get_gpu("RTX 4060")
+    config = TrainingConfig.model_validate(
+        {
+            "data": {"max_length": 4096},
+            "training": {"batch_size": 8, "lora": {"rank": 4}},
+            "hardware": {"cache_image_features": True},
+        }
+    )
+
+    def workload_of(config: TrainingConfig) -> Workload:
+        return largest_workload(config, spec)
+
+    candidates = Candidates(config, spec, gpu, gpu.vram_bytes, workload_of, None)
+    with_it, without = candidates.get({}), candidates.get({"hardware.cache_image_features": False})
+    assert with_it is not None
+    assert without is not None
+    (lever,) = [lever for lever in levers_of(candidates, {}) if lever.name == "image features kept"]
+    assert lever.saves_bytes == without.device_bytes - with_it.device_bytes
+    tower_bytes = 2 * (4 * 1024**2 + 2 * 1024 * 2048) * 2  # its linear layers' weights, in bf16
+    less_allocated = without.result.peak_allocated_bytes - with_it.result.peak_allocated_bytes
+    assert less_allocated >= tower_bytes
+    assert lever.saves_bytes >= tower_bytes / 2  # reserved: holes that the tower leaves are not filled to the last byte
 
 
 def test_a_family_that_can_t_be_fed_is_refused_by_the_plan_too(tmp_path: Path) -> None:

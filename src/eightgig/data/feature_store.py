@@ -6,6 +6,7 @@ is read once. Each image's tensors have a checksum in the file's header.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 import zlib
@@ -72,7 +73,9 @@ class FeatureStore:
         for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
             try:
                 keys = _metadata(self._reader(path))
-            except (OSError, ValueError, SafetensorError) as error:
+            except FileNotFoundError:
+                continue  # another process has removed it
+            except (ValueError, SafetensorError) as error:
                 self._remove(path, str(error), on_damage)
                 continue
             self._file_of |= dict.fromkeys(keys, path)
@@ -86,7 +89,7 @@ class FeatureStore:
             try:
                 checksum = json.loads(_metadata(self._reader(path))[key])["checksum"]
                 is_sound = self.get(key).checksum() == checksum
-            except (OSError, ValueError, LookupError, SafetensorError):
+            except (ValueError, LookupError, SafetensorError):
                 is_sound = False
             if not is_sound:
                 self._remove(path, "what it holds has changed", on_damage)
@@ -132,7 +135,11 @@ class FeatureStore:
 
 def stored_bytes(folder: Path) -> int:
     """Bytes of all files of features below `folder`; 0 where it does not exist."""
-    return sum(path.stat().st_size for path in folder.rglob(f"*{_SUFFIX}"))
+    total_bytes = 0
+    for path in folder.rglob(f"*{_SUFFIX}"):
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
+            total_bytes += path.stat().st_size
+    return total_bytes
 
 
 def _metadata(reader: Any) -> dict[str, str]:

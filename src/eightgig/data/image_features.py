@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from eightgig.data.quarantine import ProblemCode, SampleProblem
@@ -34,7 +35,12 @@ class ImageFeatures:
                 raise SampleProblem(
                     ProblemCode.BROKEN_IMAGE, f"{part} is not the file any more whose features were computed"
                 )
-            images.append(self._store.get(key))
+            try:
+                images.append(self._store.get(key))
+            except (OSError, SafetensorError) as error:
+                raise SampleProblem(
+                    ProblemCode.MISSING_FILE, f"the kept features of {part} can't be read: {error}"
+                ) from error
         inputs = {name: torch.cat([image.inputs[name] for image in images]) for name in images[0].inputs}
         return inputs, [image.placeholder for image in images]
 

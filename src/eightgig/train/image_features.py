@@ -112,8 +112,11 @@ class FeatureCache:
         """
         say = self._listener.on_message
         images = _images_by_key(samples)
+        if self._place.accelerator.is_main_process:
+            self.store.look(say)
+            self.store.verify(images, say)
+        self._place.wait_for_everyone()  # what was damaged is gone: all processes miss the same
         self.store.look(say)
-        self.store.verify(images, say)
         missing = [(key, part) for key, part in images.items() if key not in self.store]
         say(f"image features: {len(images):,} images, {len(images) - len(missing):,} of them kept from before")
         own = missing[self._place.accelerator.process_index :: self._place.accelerator.num_processes]
