@@ -1,4 +1,4 @@
-"""A run with all levers on its layers, from the settings to the losses that it writes down."""
+"""A run with all levers on its layers, and with those on its other weights, to the losses that it writes down."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def _losses(folder: Path, name: str, hardware: dict[str, Any]) -> list[float]:
 
 def test_a_run_with_all_of_them_learns_as_one_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_inputs, "MIN_OFFLOADED_BYTES", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     build_tiny_llava(tmp_path / "model", num_layers=4)
     write_llava_jsonl(tmp_path / "data", 16)
     taken: list[int] = []
@@ -51,8 +52,8 @@ def test_a_run_with_all_of_them_learns_as_one_without(tmp_path: Path, monkeypatc
     plain = _losses(tmp_path, "plain", {})
     assert taken == []
     levers = {"checkpointed_layers": 3, "offload_layer_inputs": True, "mlp_tile_tokens": 20}
-    in_ram = {"streamed_layers": 3, "embedding_on_host": True}
-    for name, hardware in (("levered", levers), ("in RAM", {**levers, **in_ram})):
+    others = {"streamed_layers": 3, "embedding_on_host": True, "cache_image_features": True}
+    for name, hardware in (("levered", levers), ("all", {**levers, **others})):
         taken.clear()
         assert _losses(tmp_path, name, hardware) == pytest.approx(plain, rel=1e-5)
         assert len(taken) == 3 * 2 * 2  # steps, micro-batches, checkpointed layers but the last

@@ -126,7 +126,8 @@ def test_an_embedding_on_the_host_leaves_the_card_and_its_rows_travel(
 
 
 def test_runs_on_one_model_do_not_touch_each_other(spec: ModelSpec, work: Workload, simulator: Simulator) -> None:
-    for hardware in ({"streamed_layers": 4, "embedding_on_host": True}, {}, {"streamed_layers": 6}, {}):
+    in_ram = {"streamed_layers": 4, "embedding_on_host": True}
+    for hardware in (in_ram, {}, {"streamed_layers": 6}, {**in_ram, "cache_image_features": True}, {}):
         config = config_with(spec, **hardware)
         ours = simulator.run(config, work)
         fresh = Simulator(config, spec, work.processor, BF16, (8, 6)).run(config, work)

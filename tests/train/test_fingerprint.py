@@ -26,6 +26,7 @@ def _other_values() -> Iterator[tuple[str, Any, bool]]:
     yield "data.num_workers", 7, True
     yield "data.worker_start_method", "spawn", True
     yield "hardware.cap_gib", 5.5, True
+    yield "hardware.feature_cache_gib", 20.0, True
     yield "checkpoints.every_steps", 7, True
     yield "checkpoints.keep_last", 9, True
     yield "seed", 43, False
@@ -44,6 +45,7 @@ def _other_values() -> Iterator[tuple[str, Any, bool]]:
     yield "hardware.checkpointed_layers", 3, False
     yield "hardware.offload_layer_inputs", True, False
     yield "hardware.mlp_tile_tokens", 512, False
+    yield "hardware.cache_image_features", True, False
 
 
 @pytest.mark.parametrize(("path", "value", "may_change"), list(_other_values()))

@@ -45,12 +45,19 @@ def finish(run: Run, folder: RunFolder, listener: TrainingListener, *, is_dry_ru
 
 
 def _save_and_prove(run: Run, folder: RunFolder, listener: TrainingListener) -> RunOutcome:
-    measured = run.meter.record(run.loaded.receipt, run.trainable, run.step.optimizer, run.loaded.streamed)
+    measured = run.meter.record(
+        run.loaded.receipt,
+        run.trainable,
+        run.step.optimizer,
+        run.loaded.streamed,
+        is_tower_off=run.fed is not None,
+    )
     peak = measured | planned_record(run)
     write_json(folder.memory, peak)
     line = memory_line(run)
     if line is not None:
         listener.on_message(line)
+    run.take_tower_back()  # what is saved is proved with pixels, and a whole model is saved with its tower
     saved = _save(run, folder)
     verification = _prove(run, folder, saved, listener)
     write_json(folder.verification, verification)

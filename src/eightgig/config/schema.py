@@ -160,6 +160,13 @@ class HardwareConfig(Section):
     cap_gib: PositiveNumber | None = Field(
         None, description="limit of what PyTorch may reserve on the GPU, in GiB; null = the whole card"
     )
+    cache_image_features: Flag = Field(
+        False,
+        description="compute each image's features once, keep them on the disk, and train without the vision tower",
+    )
+    feature_cache_gib: PositiveNumber | None = Field(
+        None, description="limit of what kept image features may take on the disk, in GiB; null = what is free there"
+    )
 
 
 class ValidationConfig(Section):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 
 from eightgig.core.errors import UnsupportedModel
 from eightgig.data.batch import IGNORE_INDEX, EncodedSample
+from eightgig.data.image_features import ImageFeatures
 from eightgig.data.images import load_image
 from eightgig.data.quarantine import ProblemCode, SampleProblem
-from eightgig.data.sample import Message, Sample, TextPart, images_of
+from eightgig.data.sample import ImagePart, Message, Sample, TextPart, images_of
 from eightgig.data.spans import Kind, Piece, chat_pieces, token_kinds
 from eightgig.data.truncate import Cut, cut_to_length
 from eightgig.registry.facts import ImageLayout
@@ -69,6 +71,7 @@ class Encoder:
         self._processor = processor
         self._family = family
         self._max_length = max_length
+        self._image_features: ImageFeatures | None = None
         self._tokenizer = processor.tokenizer
         self._templated, self._chat_template = _with_template(processor, family)
         _check_tokenizer(self._tokenizer, family.end_of_turn)
@@ -77,6 +80,12 @@ class Encoder:
         # Rare characters may truly become the unknown token; every other special id in a user's text is a break-in.
         self._special_ids = np.array(sorted(set(special_tokens.values()) - {self._tokenizer.unk_token_id}))
         self._prefix_ids = _prefix_ids(self._tokenizer)
+
+    def with_image_features(self, features: ImageFeatures) -> Self:
+        """The same encoder, that takes image inputs from `features` and opens no image."""
+        other = copy.copy(self)
+        other._image_features = features
+        return other
 
     @property
     def family(self) -> ModelFamily:
@@ -134,13 +143,11 @@ class Encoder:
         )
 
     def _encode(self, sample_id: str, messages: Sequence[Message], *, supervise: bool) -> EncodedSample:
-        images = [load_image(part) for part in images_of(messages)]
+        images = list(images_of(messages))
         image_inputs: dict[str, Any] = {}
         replacements: Sequence[str] = []
         if images:
-            features = self._family.process_images(self._processor, images)
-            replacements = self._family.expand_placeholders(self._processor, features, len(images))
-            image_inputs = {name: value for name, value in features.items() if isinstance(value, torch.Tensor)}
+            image_inputs, replacements = self._image_inputs(images)
             image_inputs |= self._family.prompt_inputs(self._processor, _question(messages), len(images))
         text = self._encode_text(messages, replacements, supervise=supervise)
         input_ids = torch.from_numpy(text.ids[text.cut.keep])
@@ -155,6 +162,15 @@ class Encoder:
             num_cut_answer_tokens=text.cut.num_answer_tokens,
             token_inputs=self._family.token_inputs(self._processor, input_ids, is_answer, image_inputs),
         )
+
+    def _image_inputs(self, parts: Sequence[ImagePart]) -> tuple[dict[str, Any], Sequence[str]]:
+        """The image inputs of one sample's images, and what each one's placeholder becomes."""
+        if self._image_features is not None:
+            kept, replacements = self._image_features.inputs_of(parts)
+            return dict(kept), replacements
+        processed = self._family.process_images(self._processor, [load_image(part) for part in parts])
+        tensors = {name: value for name, value in processed.items() if isinstance(value, torch.Tensor)}
+        return tensors, self._family.expand_placeholders(self._processor, processed, len(parts))
 
     def _encode_text(self, messages: Sequence[Message], replacements: Sequence[str], *, supervise: bool) -> _Text:
         """The text of `messages` as tokens, `replacements` standing for the images."""

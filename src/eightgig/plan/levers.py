@@ -14,11 +14,12 @@ from eightgig.plan.candidates import Candidate, Candidates
 from eightgig.plan.op_costs import BESIDE, OpCost
 from eightgig.plan.plan import Lever, allocator_settings, time_of
 
-CHECKPOINTING, CHECKPOINTED_LAYERS, OFFLOAD, TILES, CHUNK, OPTIMIZER = (
+CHECKPOINTING, CHECKPOINTED_LAYERS, OFFLOAD, TILES, FEATURES, CHUNK, OPTIMIZER = (
     "hardware.gradient_checkpointing",
     "hardware.checkpointed_layers",
     "hardware.offload_layer_inputs",
     "hardware.mlp_tile_tokens",
+    "hardware.cache_image_features",
     "training.loss_chunk_tokens",
     "training.optimizer",
 )
@@ -52,6 +53,8 @@ def _settings(found: Candidate, num_layers: int) -> Iterator[tuple[str, dict[str
         yield "layer inputs on the host", {OFFLOAD: False}, f"{pinned} of the host's memory are pinned; "
     if hardware.mlp_tile_tokens is not None:
         yield f"MLP in tiles of {hardware.mlp_tile_tokens:,} tokens", {TILES: None}, ""
+    if hardware.cache_image_features:
+        yield "image features kept", {FEATURES: False}, ""
     if config.training.optimizer is not OptimizerName.ADAMW:
         yield "8-bit optimizer", {OPTIMIZER: OptimizerName.ADAMW.value}, ""
     if hardware.embedding_on_host:

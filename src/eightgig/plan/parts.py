@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 def label_weights(model: nn.Module, recorder: Recorder) -> None:
     """Put the weights of `model` into their categories."""
     for name, parameter in model.named_parameters():
-        if getattr(parameter, "quant_state", None) is not None:
-            recorder.label(_quantised(parameter), WEIGHTS_4BIT)
-        else:
-            recorder.label([parameter], ADAPTERS if ".lora_" in name else WEIGHTS_16BIT)
+        category = ADAPTERS if ".lora_" in name else WEIGHTS_16BIT
+        is_4bit = getattr(parameter, "quant_state", None) is not None
+        recorder.label(weight_tensors(parameter), WEIGHTS_4BIT if is_4bit else category)
 
 
 def tell_parts(model: Any, spec: ModelSpec, recorder: Recorder) -> None:
@@ -46,10 +45,11 @@ def _switch(recorder: Recorder, category: str) -> Any:
     return hook
 
 
-def _quantised(parameter: Any) -> Iterator[Tensor | None]:
-    """The packed weights and their scales."""
-    state = parameter.quant_state
+def weight_tensors(parameter: Any) -> Iterator[Tensor]:
+    """The tensors of a weight: itself, and the scales of a 4-bit one."""
     yield parameter
-    yield state.absmax
-    if state.state2 is not None:
-        yield state.state2.absmax
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        yield state.absmax
+        if state.state2 is not None:
+            yield state.state2.absmax

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-PHASE_WORDS = {"load": "loading", "validate": "validation", "train": "training", "save": "saving"}
+PHASE_WORDS = {
+    "load": "loading",
+    "features": "computing image features",
+    "validate": "validation",
+    "train": "training",
+    "save": "saving",
+}
 
 
 def phase_word(name: str) -> str:

@@ -19,11 +19,14 @@ from eightgig.checkpoint.codec import to_json_and_tensors
 from eightgig.checkpoint.training_state import training_state
 from eightgig.core.errors import UnsupportedModel
 from eightgig.core.garbage import collector_paused, present_objects_kept
+from eightgig.data.batch import MicroBatch
 from eightgig.data.collate import collate
 from eightgig.evaluate.generate import answer_batch, first_exchange
 from eightgig.evaluate.loss import validation_loss
 from eightgig.models.precision import Precision
+from eightgig.models.tower_features import check_features_can_be_kept
 from eightgig.models.trainable import weights_to_save
+from eightgig.plan.cached_features import SimulatedFeatures
 from eightgig.plan.categories import GRADIENTS, OPTIMIZER, OTHER
 from eightgig.plan.cuda_functions import fuse_dropout
 from eightgig.plan.cuda_rules import CudaRules
@@ -67,7 +70,7 @@ class Simulation:
     """What a simulated run allocated.
 
     Attributes:
-        trace: with the phases load, validate, train, validate and save.
+        trace: with the phases load, validate, train, validate and save; behind load features, where they are kept.
         weights_4bit_bytes: with their scales.
         num_4bit_parameters: how many weights are stored in 4 bits.
         micro_batch_costs: forward and backward pass of one micro-batch, each kind of operation with how often it runs.
@@ -113,6 +116,7 @@ class Simulator:
             self._model = build_fake(config, spec, processor, precision, self._recorder)
         label_weights(self._model, self._recorder)
         tell_parts(self._model, spec, self._recorder)
+        self._features: SimulatedFeatures | None = None
 
     @property
     def num_decoder_layers(self) -> int:
@@ -125,9 +129,10 @@ class Simulator:
         `validates`: with all that stands around training: validation before and after it, and saving at the end.
 
         Raises:
+            ConfigError: its image features are to be kept, or weights are to stay on the host, and can't.
             UnsupportedModel: the model's code takes decisions from values, which are not there.
-            ConfigError: weights that are to stay on the host can't.
         """
+        check_features_can_be_kept(config, self._spec)
         host = HostWeights(config, self._spec, self._model, self._recorder)
         trace = host.loading(self._loading)
         with self._recorder.leaving_out(host.tensors()):
@@ -156,6 +161,9 @@ class Simulator:
             for handle in handles:
                 handle.remove()
             self._recorder.continue_in(self._loading)
+            if self._features is not None:
+                self._features.model.take_back()
+                self._features = None
             for module, forward in forwards.items():
                 vars(module).pop("forward", None)
                 if forward is not None:
@@ -174,7 +182,11 @@ class Simulator:
         compute = replace(build_compute(config, CUDA, self._precision), device=CPU)
         step = build_step(config, spec, model, compute, num_steps=NUM_STEPS, optimizer_device=CUDA)
         keep_paged_states_on_host(step.optimizer, self._recorder)
-        batch = HostBatch.of(work.batch)
+        if config.hardware.cache_image_features and work.batch.num_images:
+            with self._recorder:
+                trace.mark("features")
+                self._features = SimulatedFeatures(model, spec, work.batch, compute, self._recorder)
+        batch = self._on_host(work.batch)
         num_micro_batches = min(config.training.gradient_accumulation_steps, MAX_MICRO_BATCHES)
         micro_batches, update = Counter[OpCost](), Counter[OpCost]()
         with self._recorder:
@@ -206,16 +218,20 @@ class Simulator:
             weights_to_save(self._model)
             to_json_and_tensors(training_state(step))
 
+    def _on_host(self, batch: MicroBatch) -> HostBatch:
+        """`batch` in the host's memory, with features in place of pixels where they are kept."""
+        return HostBatch.of(batch if self._features is None else self._features.fed(batch))
+
     def _validate(self, work: Workload, compute: Compute) -> None:
         """A run's validation: the loss over a batch, and the first token of an answer to its prompts."""
-        validation_loss(self._model, self._spec.family, [HostBatch.of(work.batch)], compute)
+        validation_loss(self._model, self._spec.family, [self._on_host(work.batch)], compute)
         if work.num_generated:
             encoder = work.encoder
             with self._recorder.paused():  # prompts are encoded on the host
                 prompts = [encoder.encode_prompt(first_exchange(s)[0]) for s in work.samples[: work.num_generated]]
                 batch = collate(prompts, encoder.pad_token_id, encoder.image_layout)
             self._recorder.flag = True  # every answer ends with its first token
-            answer_batch(self._model, encoder, HostBatch.of(batch), compute, max_new_tokens=1)
+            answer_batch(self._model, encoder, self._on_host(batch), compute, max_new_tokens=1)
             self._recorder.flag = False
 
 

@@ -53,8 +53,9 @@ class ModelFamily(ABC):
         interpolates_positions: whether another image size changes the tower's position table, so that whoever reloads
             an adapter must have the positions interpolated.
         attention: transformers' `attn_implementation`; by name of the config's part where one of them has no SDPA.
-        accepts_image_features: whether the model's forward takes a frozen tower's output in place of pixels
-            (`mm_encoder_outputs`; transformers 5.23 has it, 5.17 does not).
+        accepts_image_features: whether a frozen tower's features can be kept and given in place of pixels: each image
+            is processed by itself, `pixel_values` reach the tower as they are, and `tower_features` tells what the
+            model reads of the tower's output.
         has_own_classes: whether its model is EightGig's own implementation, not one of transformers.
         processor_files: what a folder must hold for `load_processor`: kinds of files, one name of each will do.
         derivation: where the family was derived from a config and a module tree: what was derived, a sentence each.
@@ -197,6 +198,19 @@ class ModelFamily(ABC):
     def own_inputs(self, model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """`inputs` as the model's own forward takes them, where it wants an image even for texts without one."""
         return inputs
+
+    def tower_features(self, model: Any, output: Any) -> Any:
+        """All that `model` reads of its first tower's `output`, as one tensor [rows, ..., width], images end to end.
+
+        As many rows an image as it has rows of pixel values, or the same share of them for all images.
+        """
+        return output.last_hidden_state
+
+    def tower_output(self, model: Any, features: Any) -> Any:
+        """An output of the tower in which `model` finds `features`: what `tower_features` undoes."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        return BaseModelOutputWithPooling(last_hidden_state=features)
 
     def logits(self, model: Any, hidden: Any) -> Any:
         """Logits, [..., vocab], of `hidden` states [..., hidden]; families that cap or scale theirs override this."""

@@ -188,7 +188,6 @@ class Gemma4Family(ModelFamily):
     attention = MappingProxyType(
         {part: "sdpa" for part in ("", "text_config", "vision_config")} | {"audio_config": "eager"}
     )
-    accepts_image_features = True
     fp32_in_fp16 = ("model.language_model", r"model\.language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj")
     dtype_caution = (
         "The language model leaves the range of fp16, in its MLPs first (unsloth PR 5092): in fp16 mode all of it runs "

@@ -97,8 +97,8 @@ INSTRUCTBLIP_VICUNA_7B = ModelFacts(
 class InstructBlipFamily(ModelFamily):
     """Every image is squashed to one square and becomes as many tokens as the Q-Former has queries.
 
-    What an image becomes depends on the question, which goes to the Q-Former in its own tokens, once an image. So there
-    are no features of an image alone that could be kept and given in place of its pixels.
+    What an image becomes depends on the question, which goes to the Q-Former in its own tokens, once an image. What can
+    be kept of an image alone is the output of the tower below the Q-Former.
     """
 
     name = "instructblip"
@@ -114,6 +114,7 @@ class InstructBlipFamily(ModelFamily):
     image_placeholder = "<image>"
     end_of_turn = "</s>"
     chat_template = CHAT_TEMPLATE
+    accepts_image_features = True
     models = (INSTRUCTBLIP_VICUNA_7B,)
     image_layout = ImageLayout(padding={"qformer_input_ids": 0, "qformer_attention_mask": 0})
     processor_files = MappingProxyType(

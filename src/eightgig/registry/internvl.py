@@ -9,7 +9,7 @@ from typing import Any
 
 from eightgig.core.errors import ConfigError, Problem
 from eightgig.registry.facts import ModelFacts, ModulePaths
-from eightgig.registry.family import ModelFamily
+from eightgig.registry.family import ModelFamily, base_model
 from eightgig.registry.processors import image_text_processor
 from eightgig.registry.standin import byte_level_tokenizer
 
@@ -197,6 +197,18 @@ class InternVLFamily(ModelFamily):
             return
         image_processor = processor.image_processor
         image_processor.max_patches = _tiles_in(image_px, image_processor.size["height"])
+
+    def tower_features(self, model: Any, output: Any) -> Any:
+        """The hidden states of the layer that the model selects: [tiles, 1 + patches, width]."""
+        layer = base_model(model).config.vision_feature_layer
+        return output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+
+    def tower_output(self, model: Any, features: Any) -> Any:
+        """An output that holds those hidden states where the model looks for them."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        layer = base_model(model).config.vision_feature_layer
+        return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states={layer: features})
 
     def process_images(self, processor: Any, images: Sequence[Any]) -> Mapping[str, Any]:
         """pixel_values [tiles, 3, side, side], and the number of tiles of each image as plain numbers.

@@ -193,6 +193,20 @@ class LlavaFamily(ModelFamily):
             image_processor.size = {"height": image_px, "width": image_px}
         image_processor.crop_size = {"height": image_px, "width": image_px}
 
+    def tower_features(self, model: Any, output: Any) -> Any:
+        """The hidden states of the layers that the projector gets, side by side: [images, 1 + patches, width]."""
+        import torch
+
+        return torch.cat([output.hidden_states[layer] for layer in _feature_layers(model)], dim=-1)
+
+    def tower_output(self, model: Any, features: Any) -> Any:
+        """Hidden states under the numbers of the layers that the model looks up, and no others."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        layers = _feature_layers(model)
+        states = dict(zip(layers, features.chunk(len(layers), dim=-1), strict=True))
+        return BaseModelOutputWithPooling(hidden_states=states)
+
     def expand_placeholders(self, processor: Any, image_inputs: Mapping[str, Any], num_images: int) -> Sequence[str]:
         """`num_images` times the image tokens of one processed image; pixel_values is [images, 3, height, width]."""
         height_px, width_px = image_inputs["pixel_values"].shape[-2:]
@@ -201,6 +215,11 @@ class LlavaFamily(ModelFamily):
         if processor.vision_feature_select_strategy == "default":
             num_tokens -= 1
         return [processor.image_token * num_tokens] * num_images
+
+
+def _feature_layers(model: Any) -> list[int]:
+    layers = base_model(model).config.vision_feature_layer
+    return [layers] if isinstance(layers, int) else list(layers)
 
 
 def _patch_px(facts: ModelFacts) -> int:

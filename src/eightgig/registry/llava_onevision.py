@@ -181,7 +181,6 @@ class LlavaOnevisionFamily(ModelFamily):
     image_placeholder = "<image>"
     end_of_turn = "<|im_end|>"
     image_layout = ImageLayout(padding={"pixel_values": 0.0})
-    accepts_image_features = True
     models = (
         _facts("0.5b", (896, 24, 14, 2, 4864), vocab=152000, tied=True, num_parameters=893_675_552),
         _facts("7b", (3584, 28, 28, 4, 18944), vocab=152128, tied=False, num_parameters=8_030_807_584),

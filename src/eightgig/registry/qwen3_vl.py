@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from eightgig.registry.facts import ModelFacts, ModulePaths
+from eightgig.registry.family import base_model
 from eightgig.registry.qwen_vision import APACHE_2_LICENCE, NUM_LINEARS_A_LAYER, QwenVisionFamily, chatml_template
 
 # Source: preprocessor_config.json of Qwen/Qwen3-VL-4B-Instruct.
@@ -104,6 +105,20 @@ class Qwen3VLFamily(QwenVisionFamily):
         _facts("4B", (2560, 36, 32, 9728), DEEPSTACK_SMALL, tied=True, num_parameters=4_437_815_808),
         _facts("8B", (4096, 36, 32, 12288), DEEPSTACK_LARGE, tied=False, num_parameters=8_767_123_696),
     )
+
+    def tower_features(self, model: Any, output: Any) -> Any:
+        """The merged patches and those for DeepStack's layers, side by side: [tokens, (1 + layers) × hidden]."""
+        import torch
+
+        return torch.cat([output.pooler_output, *output.deepstack_features], dim=-1)
+
+    def tower_output(self, model: Any, features: Any) -> Any:
+        """An output with the merged patches and those for DeepStack's layers."""
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+        num_layers = len(base_model(model).config.vision_config.deepstack_visual_indexes)
+        merged, *deepstack = features.chunk(1 + num_layers, dim=-1)
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=merged, deepstack_features=deepstack)
 
 
 FAMILIES = (Qwen3VLFamily(),)

@@ -184,6 +184,16 @@ class QwenVisionFamily(ModelFamily):
         """Which tokens are an image's (1), from which the model derives their positions in two dimensions."""
         return {"mm_token_type_ids": (input_ids == processor.image_token_id).long()}
 
+    def tower_features(self, model: Any, output: Any) -> Any:
+        """The merged patches, [tokens, hidden]."""
+        return output.pooler_output
+
+    def tower_output(self, model: Any, features: Any) -> Any:
+        """An output that holds the merged patches alone."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        return BaseModelOutputWithPooling(pooler_output=features)
+
     def _pixel_limits(self, image_settings: Mapping[str, Any]) -> tuple[int, int]:
         """Smallest and largest area; older folders write them as min_pixels and max_pixels."""
         size = image_settings.get("size") or {}

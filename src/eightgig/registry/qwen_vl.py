@@ -193,6 +193,14 @@ class QwenVLFamily(ModelFamily):
             base_model(model).config.visual.image_size = image_px
         processor.image_processor.size = {"height": image_px, "width": image_px}
 
+    def tower_features(self, model: Any, output: Any) -> Any:
+        """The tower's output itself, [images, queries, hidden]."""
+        return output
+
+    def tower_output(self, model: Any, features: Any) -> Any:
+        """The features themselves."""
+        return features
+
     def hidden_states(self, model: Any, inputs: Mapping[str, Any]) -> Any:
         """Last hidden states, [batch, sequence, hidden], of the backbone with its images."""
         return base_model(model).transformer(**inputs, use_cache=False).last_hidden_state

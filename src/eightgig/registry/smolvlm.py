@@ -147,7 +147,6 @@ class Idefics3Family(ModelFamily):
     reserved_texts = (ROUND_IMAGE, WHOLE_IMAGE, *TILE_MARKS)
     # The model leaves out tiles whose pixels are all 0.0, which no tile of a picture has after normalising.
     image_layout = ImageLayout(padding={"pixel_values": 0, "pixel_attention_mask": 0}, rows_are_samples=True)
-    accepts_image_features = True
     # Measured by comparing position ids with those in fp32; patches of 16 px are not touched.
     dtype_caution = (
         "In 16 bits transformers 5.17 gives many of a tower's patches of 14 px the position of a neighbour "

@@ -18,6 +18,7 @@ WITHOUT_EFFECT_ON_RESULT = (
     ("data", "num_workers"),
     ("data", "worker_start_method"),
     ("hardware", "cap_gib"),
+    ("hardware", "feature_cache_gib"),
     ("checkpoints",),
 )
 

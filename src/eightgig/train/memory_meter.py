@@ -105,6 +105,8 @@ class MemoryMeter:
         trainable: Mapping[str, nn.Parameter],
         optimizer: Optimizer,
         streamed: StreamedWeights | None = None,
+        *,
+        is_tower_off: bool = False,
     ) -> dict[str, Any]:
         """The content of memory.json.
 
@@ -115,8 +117,10 @@ class MemoryMeter:
         weights, gradients and optimizer; the allocator's overhead is what it reserves beyond that; the CUDA context is
         what the driver counts for this process beyond what PyTorch reserves (`counts_other_programs` says where it
         could only tell what the whole card has in use). `device_used_bytes` is that context and the peak reserved.
+        The vision tower's weights are left out where it is off the card in training.
         """
-        frozen = [row for row in receipt.rows if row.group != "adapters" and not row.on_host]
+        elsewhere = {"adapters", "vision tower"} if is_tower_off else {"adapters"}
+        frozen = [row for row in receipt.rows if row.group not in elsewhere and not row.on_host]
         tables_bytes = sum(row.bytes_now for row in receipt.rows if row.on_host and not row.is_4bit)
         ring_bytes = 0 if streamed is None else streamed.ring_bytes
         categories = {

@@ -16,6 +16,7 @@ from eightgig.data.order import StepOrder
 from eightgig.data.sample import Sample
 from eightgig.models.load import LoadedModel
 from eightgig.step.step import TrainingStep
+from eightgig.train.image_features import FedRun
 from eightgig.train.memory_meter import MemoryMeter
 from eightgig.train.planning import PlannedMemory
 
@@ -47,7 +48,9 @@ class Run:
     """One run, ready to start or to go on.
 
     Attributes:
+        encoder: makes the run's batches, with kept features in place of pixels where the model is fed with them.
         planned: the GPU memory that was planned; None without a GPU, off the main process, or if it can't be planned.
+        fed: the model without its tower, and what feeds it; None where the tower computes in every step.
     """
 
     config: TrainingConfig
@@ -60,6 +63,7 @@ class Run:
     step: TrainingStep
     meter: MemoryMeter
     planned: PlannedMemory | None
+    fed: FedRun | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -77,6 +81,13 @@ class Run:
         """The fixed validation samples whose answers are generated, spread evenly over the validation set."""
         num_wanted = min(self.config.validation.num_generated, len(self.data.validation))
         return [self.data.validation[i * len(self.data.validation) // num_wanted] for i in range(num_wanted)]
+
+    def take_tower_back(self) -> None:
+        """Put a tower that was off the card back, and pixels in its features' place, for what comes after training."""
+        if self.fed is not None:
+            self.fed.take_tower_back(self.loaded.device)
+            self.encoder = self.fed.pixel_encoder
+            self.fed = None
 
     def give_up_model(self) -> None:
         """Drop model, optimizer and all else that holds GPU memory; the run can't be trained on after this."""

@@ -18,8 +18,9 @@ from eightgig.data.sets import read_data
 from eightgig.memory.cap import limit_allocator
 from eightgig.memory.segments import prefer_expandable_segments
 from eightgig.models.adapters import adapted_layers, attach_adapters
-from eightgig.models.load import load_model, load_processor
+from eightgig.models.load import LoadedModel, load_model, load_processor
 from eightgig.models.precision import Precision, choose_precision
+from eightgig.models.tower_features import check_features_can_be_kept
 from eightgig.registry import ModelSpec, resolve
 from eightgig.step.build import (
     build_compute,
@@ -30,10 +31,11 @@ from eightgig.step.build import (
 )
 from eightgig.train.datasets import check_data
 from eightgig.train.events import TrainingListener
+from eightgig.train.image_features import FeatureCache, FeaturePlace, FedRun
 from eightgig.train.largest_batch import largest_training_batch
 from eightgig.train.memory_meter import MemoryMeter
 from eightgig.train.planning import FindCard, plan_memory
-from eightgig.train.run import Run
+from eightgig.train.run import DataSets, Run
 from eightgig.train.run_folder import RunFolder
 
 
@@ -95,6 +97,7 @@ def build_run(
         listener.on_message(place.precision.note)
     read = read_data(config.data, Quarantine(folder.quarantine))
     spec = resolve(config.model.name, config.model.revision)
+    check_features_can_be_kept(config, spec)
     for text in _notes(config, spec):
         listener.on_message(text)
     encoder = _build_encoder(config, spec)
@@ -111,6 +114,9 @@ def build_run(
     if layers:
         kinds = ", ".join(f"{count} {kind}" for kind, count in layers.items())
         listener.on_message(f"adapters on {sum(layers.values())} layers: {kinds}")
+    compute = build_compute(config, place.device, place.precision)
+    meter = MemoryMeter(place.device)
+    fed = _fed(config, loaded, encoder, data, FeaturePlace(compute, meter, place.accelerator), listener)
     tile_as_configured(config, spec, loaded.model)
     checkpoint_as_configured(config, spec, loaded.model)
     offload_as_configured(config, spec, loaded.model)
@@ -121,7 +127,7 @@ def build_run(
         config,
         spec,
         loaded.model,
-        build_compute(config, place.device, place.precision),
+        compute,
         num_steps=num_steps,
         sum_over_processes=place.sum_over_processes if place.accelerator.num_processes > 1 else None,
     )
@@ -129,14 +135,32 @@ def build_run(
         config=config,
         accelerator=place.accelerator,
         loaded=loaded,
-        encoder=encoder,
+        encoder=encoder if fed is None else fed.encoder,
         data=data,
         order=order,
         num_steps=num_steps,
         step=step,
-        meter=MemoryMeter(place.device),
+        meter=meter,
         planned=planned,
+        fed=fed,
     )
+
+
+def _fed(
+    config: TrainingConfig,
+    loaded: LoadedModel,
+    encoder: Encoder,
+    data: DataSets,
+    feature_place: FeaturePlace,
+    listener: TrainingListener,
+) -> FedRun | None:
+    """The model fed with kept features, those that were missing computed; None where `config` wants none."""
+    if not config.hardware.cache_image_features:
+        return None
+    cache = FeatureCache(config, loaded, encoder, feature_place, listener)
+    cache.fill((*data.train, *data.validation))
+    feature_place.wait_for_everyone()
+    return cache.feed()
 
 
 def _notes(config: TrainingConfig, spec: ModelSpec) -> Iterator[str]:

@@ -1,0 +1,64 @@
+"""Kept image features in a simulated run: computed with the tower on the card, which it leaves before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from eightgig.data.batch import MicroBatch
+from eightgig.memory.cached_tower import PIXELS, FedModel, rows_of_features, tower_features
+from eightgig.plan.host_memory import HostBatch
+from eightgig.plan.parts import weight_tensors
+from eightgig.plan.recorder import Recorder
+from eightgig.step.step import Compute
+
+if TYPE_CHECKING:
+    from eightgig.registry import ModelSpec
+
+
+class SimulatedFeatures:
+    """The model of a simulated run, fed with features from here on.
+
+    Attributes:
+        model: takes features until its tower is taken back.
+    """
+
+    def __init__(self, model: Any, spec: ModelSpec, batch: MicroBatch, compute: Compute, recorder: Recorder) -> None:
+        """Run the tower of `model` on the images of `batch`, recorded, then free its weights in the record.
+
+        The tower's tensors stay where they are, for the next run on the same fake model.
+        """
+        with compute.autocast():
+            inputs = HostBatch.of(batch).to(compute.device, compute.input_dtype).model_inputs
+            features = tower_features(model, spec.family, inputs)
+        self._recorder = recorder
+        self._num_pixel_rows = len(batch.model_inputs[PIXELS])
+        self._features = _on_host(features, len(features), recorder)
+        del features, inputs
+        self.model = FedModel(model, spec.family)
+        for tensor in _weights(self.model.tower):
+            block = recorder.block_of(tensor)
+            if block is not None:
+                recorder.ledger.free(block)
+
+    def fed(self, batch: MicroBatch) -> MicroBatch:
+        """`batch` with features in place of pixels, on the host; one without an image as it is."""
+        pixels = batch.model_inputs.get(PIXELS)
+        if pixels is None:
+            return batch
+        num_rows = rows_of_features(len(self._features), self._num_pixel_rows, len(pixels))
+        features = _on_host(self._features, num_rows, self._recorder)
+        return replace(batch, model_inputs={**batch.model_inputs, PIXELS: features})
+
+
+def _on_host(like: Tensor, num_rows: int, recorder: Recorder) -> Tensor:
+    with recorder.paused():
+        return like.new_empty((num_rows, *like.shape[1:]))
+
+
+def _weights(tower: nn.Module) -> Iterator[Tensor]:
+    for parameter in tower.parameters():
+        yield from weight_tensors(parameter)
