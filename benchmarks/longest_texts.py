@@ -98,7 +98,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "plan":
         with planning_pool(len(PAIRS)) as pool:
-            write_record(arguments.out, name="longest_plans", figures={"pairs": list(pool.map(plan_pair, PAIRS))})
+            pairs = list(pool.map(plan_pair, PAIRS))
+        write_record(arguments.out, name="longest_plans", figures={"pairs": pairs}, conditions={"card": CARD})
         return
     plans = json.loads(arguments.plans.read_text())["figures"]["pairs"]
     share = CardShare(round(arguments.card_gib * GIB))
