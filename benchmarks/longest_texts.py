@@ -82,6 +82,7 @@ def measure_length(pair: Pair, length: int, work: Path, share: CardShare) -> dic
         "tokens": length,
         "ran": "error" not in measured,
         "ran_out_of_memory": OUT_OF_MEMORY in measured.get("error", "").lower(),
+        "error": measured.get("error"),
         "reserved_bytes": measured.get("reserved_bytes"),
         "allocated_bytes": measured.get("allocated_bytes"),
     }

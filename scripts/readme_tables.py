@@ -74,8 +74,8 @@ CHINESE = {
     "reserved within 3 %": "保留误差 3 % 以内",
     "device used within 3 % or 100 MiB": "显卡占用误差 3 % 或 100 MiB 以内",
     "worst": "最差",
-    "blind, planned before they were measured": "盲测，测量之前规划",
-    "blind, planned with today's code": "盲测，用当前代码规划",
+    "first blind runs, planned before they were measured": "第一批盲测，测量之前规划",
+    "second blind runs, planned before they were measured": "第二批盲测，测量之前规划",
     "all, planned with today's code": "全部，用当前代码规划",
 }
 """What the tables say in English -> in Chinese. Every English word of a table must stand here."""
@@ -143,9 +143,15 @@ def table_rows(name: str) -> list[list[str]]:
     if name == "models":
         return _model_rows()
     if name in PLANNED:
-        record = json.loads((RESULTS / "planned_runs.json").read_text(encoding="utf-8"))
-        return PLANNED[name](record)
+        return PLANNED[name](_record("planned_runs"))
+    if name == "longest_texts":
+        return longest_rows(_record("longest_texts"))
     return record_rows(read_records(name))
+
+
+def _record(name: str) -> Mapping[str, Any]:
+    record: Mapping[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return record
 
 
 def read_records(name: str) -> list[Mapping[str, Any]]:
@@ -287,6 +293,24 @@ def compared_rows(record: Mapping[str, Any], part: str) -> list[list[str]]:
             cells += [_error(run, kind), *([_error(run["before"], kind)] if is_blind else [])]
         rows.append(cells)
     return rows
+
+
+def longest_rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """What came of the longest text that is said to fit under a cap, and of one 5 % longer."""
+    longer = f"text of {record['conditions']['longer']:g} × that"
+    rows = [["model", "cap", "longest text said to fit", "it", longer, "it"]]
+    for pair in record["figures"]["pairs"]:
+        cells = [f"`{pair['model']}`", f"{pair['cap_gib']:g} GiB"]
+        for run in (pair["longest_run"], pair["longer_run"]):
+            cells += [f"{run['tokens']:,} tokens", _came_through(run)]
+        rows.append(cells)
+    return rows
+
+
+def _came_through(run: Mapping[str, Any]) -> str:
+    if run["ran"]:
+        return f"ran, {format_bytes(run['reserved_bytes'])} reserved"
+    return "ran out of memory" if run["ran_out_of_memory"] else "failed"
 
 
 def source_rows(record: Mapping[str, Any]) -> list[list[str]]:
