@@ -174,9 +174,8 @@ def matrix(
     Bound of the time: cards fall into classes that take the same memory (Hopper and later or not, bf16 or not: three
     in the table), and one simulation at a length serves all cards of a class. A card's longest length is found by
     bisection, so that there are at most as many simulations of a model as classes times lengths of the ladder (18),
-    mostly half of them; a length that no card asks for is never simulated. One takes as long as an `eightgig plan` of
-    that model, so that the whole table is a matter of some twenty minutes (`benchmarks/results/card_table.json`); `on_progress` tells
-    of each.
+    mostly half of them; a length that no card asks for is never simulated. `benchmarks/results/card_table.json` says
+    how long the whole table took; `on_progress` tells of each simulation.
 
     Args:
         specs: the models; None = all that are known by name.
