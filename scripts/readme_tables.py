@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fill the tables of README.md, README.zh-CN.md and docs/reference/plan_accuracy.md from the code and from
+"""Fill the tables of README.md, README.zh-CN.md and pages of docs/reference from the code and from
 `benchmarks/results/*.json`.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `presets` and `models` come from the code, those in
@@ -22,13 +22,19 @@ from typing import Any
 from safetensors import safe_open
 
 from eightgig import registry
+from eightgig.cli.plan_matrix import card_rows, model_rows
 from eightgig.config import ConfigPresets
 from eightgig.core.units import MIB, format_bytes
 from eightgig.report.wording import format_count, format_duration, format_share
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = {"README.md": False, "README.zh-CN.md": True, "docs/reference/plan_accuracy.md": False}
+PAGES = {
+    "README.md": False,
+    "README.zh-CN.md": True,
+    "docs/reference/plan_accuracy.md": False,
+    "docs/reference/cards.md": False,
+}
 """Pages with tables -> whether they are in Chinese."""
 MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -146,6 +152,8 @@ def table_rows(name: str) -> list[list[str]]:
         return PLANNED[name](_record("planned_runs"))
     if name == "longest_texts":
         return longest_rows(_record("longest_texts"))
+    if name in CARD_TABLES:
+        return [list(row) for row in CARD_TABLES[name](_record("card_table")["figures"])]
     return record_rows(read_records(name))
 
 
@@ -363,6 +371,11 @@ PLANNED: Mapping[str, Callable[[Mapping[str, Any]], list[list[str]]]] = {
     "planned_sources": source_rows,
 }
 """Tables of `benchmarks/results/planned_runs.json`, which `benchmarks/planned_runs.py` writes."""
+CARD_TABLES: Mapping[str, Callable[[Mapping[str, Any]], Sequence[Sequence[str]]]] = {
+    "cards_lengths": model_rows,
+    "cards_speeds": card_rows,
+}
+"""Tables of `benchmarks/results/card_table.json`, which `benchmarks/card_table.py` writes."""
 METHODS = {"full": "every weight", "lora": "LoRA on 16-bit weights", "qlora": "QLoRA"}
 SETTINGS: Mapping[str, Callable[[Any], str]] = {
     "data.max_length": lambda value: f"{value:,} text tokens",

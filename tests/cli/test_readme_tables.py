@@ -17,7 +17,12 @@ from benchmarks.planned_comparison import comparison_row, figures_of
 from cli_events import PLAN, RECEIPT, Calls, run, run_outcome
 
 ROOT = Path(__file__).resolve().parents[2]
-NUM_TABLES = {"README.md": 7, "README.zh-CN.md": 7, "docs/reference/plan_accuracy.md": 6}
+NUM_TABLES = {
+    "README.md": 7,
+    "README.zh-CN.md": 7,
+    "docs/reference/plan_accuracy.md": 6,
+    "docs/reference/cards.md": 2,
+}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
