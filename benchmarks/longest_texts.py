@@ -82,6 +82,7 @@ def measure_length(pair: Pair, length: int, work: Path, share: CardShare) -> dic
         "tokens": length,
         "ran": "error" not in measured,
         "ran_out_of_memory": OUT_OF_MEMORY in measured.get("error", "").lower(),
+        "error": measured.get("error"),
         "reserved_bytes": measured.get("reserved_bytes"),
         "allocated_bytes": measured.get("allocated_bytes"),
     }
@@ -98,7 +99,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "plan":
         with planning_pool(len(PAIRS)) as pool:
-            write_record(arguments.out, name="longest_plans", figures={"pairs": list(pool.map(plan_pair, PAIRS))})
+            pairs = list(pool.map(plan_pair, PAIRS))
+        write_record(arguments.out, name="longest_plans", figures={"pairs": pairs}, conditions={"card": CARD})
         return
     plans = json.loads(arguments.plans.read_text())["figures"]["pairs"]
     share = CardShare(round(arguments.card_gib * GIB))

@@ -281,16 +281,17 @@ def measure(run: PlannedRun, work: Path, share: CardShare, planned_bytes: int) -
     print(f"{run.name}: status {process.returncode} after {run_s:.0f} s", flush=True)
     if process.returncode != 0:
         print(process.stdout[-600:], process.stderr[-1500:], flush=True)
-    memory_file = folder / "memory.json"
-    if not memory_file.exists():
+    if not (folder / "memory.json").exists():
         return {"name": run.name, "run_s": run_s, "error": (process.stderr or process.stdout)[-2000:]}
-    memory = json.loads(memory_file.read_text())
+    return {"name": run.name, "run_s": run_s, "status": process.returncode, **read_run(folder)}
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What a finished run took, read from its folder."""
+    memory = json.loads((folder / "memory.json").read_text())
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if record["kind"] == "step"]
     return {
-        "name": run.name,
-        "run_s": run_s,
-        "status": process.returncode,
         "allocated_bytes": memory["peak_allocated_bytes"],
         "reserved_bytes": memory["peak_reserved_bytes"],
         "device_bytes": memory["device_used_bytes"],

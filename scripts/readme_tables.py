@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fill the tables of README.md, README.zh-CN.md and docs/reference/plan_accuracy.md from the code and from
+"""Fill the tables of README.md, README.zh-CN.md and pages of docs/reference from the code and from
 `benchmarks/results/*.json`.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `presets` and `models` come from the code, those in
@@ -22,13 +22,19 @@ from typing import Any
 from safetensors import safe_open
 
 from eightgig import registry
+from eightgig.cli.plan_matrix import card_rows, model_rows
 from eightgig.config import ConfigPresets
 from eightgig.core.units import MIB, format_bytes
 from eightgig.report.wording import format_count, format_duration, format_share
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = {"README.md": False, "README.zh-CN.md": True, "docs/reference/plan_accuracy.md": False}
+PAGES = {
+    "README.md": False,
+    "README.zh-CN.md": True,
+    "docs/reference/plan_accuracy.md": False,
+    "docs/reference/cards.md": False,
+}
 """Pages with tables -> whether they are in Chinese."""
 MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -74,8 +80,8 @@ CHINESE = {
     "reserved within 3 %": "保留误差 3 % 以内",
     "device used within 3 % or 100 MiB": "显卡占用误差 3 % 或 100 MiB 以内",
     "worst": "最差",
-    "blind, planned before they were measured": "盲测，测量之前规划",
-    "blind, planned with today's code": "盲测，用当前代码规划",
+    "first blind runs, planned before they were measured": "第一批盲测，测量之前规划",
+    "second blind runs, planned before they were measured": "第二批盲测，测量之前规划",
     "all, planned with today's code": "全部，用当前代码规划",
 }
 """What the tables say in English -> in Chinese. Every English word of a table must stand here."""
@@ -143,9 +149,17 @@ def table_rows(name: str) -> list[list[str]]:
     if name == "models":
         return _model_rows()
     if name in PLANNED:
-        record = json.loads((RESULTS / "planned_runs.json").read_text(encoding="utf-8"))
-        return PLANNED[name](record)
+        return PLANNED[name](_record("planned_runs"))
+    if name == "longest_texts":
+        return longest_rows(_record("longest_texts"))
+    if name in CARD_TABLES:
+        return [list(row) for row in CARD_TABLES[name](_record("card_table")["figures"])]
     return record_rows(read_records(name))
+
+
+def _record(name: str) -> Mapping[str, Any]:
+    record: Mapping[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return record
 
 
 def read_records(name: str) -> list[Mapping[str, Any]]:
@@ -289,6 +303,24 @@ def compared_rows(record: Mapping[str, Any], part: str) -> list[list[str]]:
     return rows
 
 
+def longest_rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """What came of the longest text that is said to fit under a cap, and of one 5 % longer."""
+    longer = f"text of {record['conditions']['longer']:g} × that"
+    rows = [["model", "cap", "longest text said to fit", "it", longer, "it"]]
+    for pair in record["figures"]["pairs"]:
+        cells = [f"`{pair['model']}`", f"{pair['cap_gib']:g} GiB"]
+        for run in (pair["longest_run"], pair["longer_run"]):
+            cells += [f"{run['tokens']:,} tokens", _came_through(run)]
+        rows.append(cells)
+    return rows
+
+
+def _came_through(run: Mapping[str, Any]) -> str:
+    if run["ran"]:
+        return f"ran, {format_bytes(run['reserved_bytes'])} reserved"
+    return "ran out of memory" if run["ran_out_of_memory"] else "failed"
+
+
 def source_rows(record: Mapping[str, Any]) -> list[list[str]]:
     """Where each part of the record comes from: machine, versions, commit, day."""
     sources = {**record["conditions"]["measured"], **record["conditions"]["before"], "planned_runs.json": record}
@@ -339,6 +371,11 @@ PLANNED: Mapping[str, Callable[[Mapping[str, Any]], list[list[str]]]] = {
     "planned_sources": source_rows,
 }
 """Tables of `benchmarks/results/planned_runs.json`, which `benchmarks/planned_runs.py` writes."""
+CARD_TABLES: Mapping[str, Callable[[Mapping[str, Any]], Sequence[Sequence[str]]]] = {
+    "cards_lengths": model_rows,
+    "cards_speeds": card_rows,
+}
+"""Tables of `benchmarks/results/card_table.json`, which `benchmarks/card_table.py` writes."""
 METHODS = {"full": "every weight", "lora": "LoRA on 16-bit weights", "qlora": "QLoRA"}
 SETTINGS: Mapping[str, Callable[[Any], str]] = {
     "data.max_length": lambda value: f"{value:,} text tokens",

@@ -17,7 +17,12 @@ from benchmarks.planned_comparison import comparison_row, figures_of
 from cli_events import PLAN, RECEIPT, Calls, run, run_outcome
 
 ROOT = Path(__file__).resolve().parents[2]
-NUM_TABLES = {"README.md": 7, "README.zh-CN.md": 7, "docs/reference/plan_accuracy.md": 4}
+NUM_TABLES = {
+    "README.md": 7,
+    "README.zh-CN.md": 7,
+    "docs/reference/plan_accuracy.md": 6,
+    "docs/reference/cards.md": 2,
+}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -65,14 +70,14 @@ def test_the_tables_of_planned_runs(tables: ModuleType) -> None:
         planned_run("blind-a", "blind_again", measured_mib=1000, before_mib=1040, now_mib=1005),
         planned_run("blind-b", "blind_again", measured_mib=10000, before_mib=10020, now_mib=10000),
         planned_run("c", "built", measured_mib=10000, before_mib=None, now_mib=9600),
-        planned_run("d", "blind", measured_mib=10000, before_mib=10300, now_mib=10000),
+        planned_run("d", "blind", measured_mib=10000, before_mib=10290, now_mib=10000),
     ]
     made = {"figures": figures_of(runs)}
     heading, *rows = tables.summary_rows(made)
     assert heading[1] == "allocated within 1 %"
     assert heading[5] == "device used within 3 % or 100 MiB"
     assert [row[1:] for row in rows] == [
-        ["0/1", "`+3.00%`", "1/1", "`+3.00%`", "1/1", "`+3.00%`"],
+        ["0/1", "`+2.90%`", "1/1", "`+2.90%`", "1/1", "`+2.90%`"],
         ["1/2", "`+4.00%`", "1/2", "`+4.00%`", "2/2", "`+4.00%`"],  # 40 MiB of device are within 100
         ["3/4", "`-4.00%`", "3/4", "`-4.00%`", "3/4", "`-4.00%`"],
     ]
@@ -87,6 +92,17 @@ def test_the_tables_of_planned_runs(tables: ModuleType) -> None:
     sides = ["1000.00 MiB", "1005.00 MiB", "`+0.50%`", "`+4.00%`"]
     assert compared[1] == ["`blind-a`", "`m`", words, "2,624", *sides * 3]
     assert [len(row) for row in tables.compared_rows(made, "built")] == [13, 13]
+
+
+def test_the_table_of_longest_texts(tables: ModuleType) -> None:
+    ran = {"tokens": 2000, "ran": True, "ran_out_of_memory": False, "reserved_bytes": 3 << 30}
+    runs = {"longest_run": ran, "longer_run": {"tokens": 2100, "ran": False, "ran_out_of_memory": True}}
+    worse = {"longest_run": ran, "longer_run": {"tokens": 2100, "ran": False, "ran_out_of_memory": False}}
+    pairs = [{"model": "m", "cap_gib": 7.25, **each} for each in (runs, worse)]
+    heading, *rows = tables.longest_rows({"conditions": {"longer": 1.05}, "figures": {"pairs": pairs}})
+    assert heading[4] == "text of 1.05 × that"
+    assert rows[0] == ["`m`", "7.25 GiB", "2,000 tokens", "ran, 3.00 GiB reserved", "2,100 tokens", "ran out of memory"]
+    assert rows[1][-1] == "failed"
 
 
 def test_every_planned_setting_has_its_words(tables: ModuleType) -> None:

@@ -15,7 +15,7 @@ from eightgig.plan.card_rates import rates_of
 from eightgig.plan.cuda_rules import HOPPER
 from eightgig.plan.plan import AMPERE, allocator_settings, planned_precision, time_of
 from eightgig.plan.search import longest_fit
-from eightgig.plan.simulate import Simulator, simulate
+from eightgig.plan.simulate import Simulator
 from eightgig.plan.workload import largest_workload
 from eightgig.registry import ModelSpec, all_specs
 from eightgig.registry.gpus import GpuFacts, all_gpus, get_gpu
@@ -127,11 +127,25 @@ class ReplayedRun:
         return self.device_bytes <= budget_bytes
 
 
-def simulate_run(config: TrainingConfig, spec: ModelSpec, gpu: GpuFacts) -> ReplayedRun:
-    """The largest samples that `config` lets through, simulated on a card like `gpu` but for its memory."""
-    work = largest_workload(config, spec)
-    trace = simulate(config, spec, work, planned_precision(config, gpu), gpu.compute_capability or AMPERE).trace
-    return ReplayedRun(replay(trace, allocator_settings()).peak_reserved_bytes + CONTEXT_BYTES)
+class SharedModel:
+    """Simulates runs on cards; all of one model and one class of cards share a fake model, until another one is asked
+    for.
+    """
+
+    def __init__(self) -> None:
+        self._model: str | None = None
+        self._simulators: dict[tuple[bool, bool], Simulator] = {}
+
+    def __call__(self, config: TrainingConfig, spec: ModelSpec, gpu: GpuFacts) -> ReplayedRun:
+        """The largest samples that `config` lets through, simulated on a card like `gpu` but for its memory."""
+        if spec.name != self._model:
+            self._model, self._simulators = spec.name, {}
+        work, kind = largest_workload(config, spec), card_class(gpu)
+        if kind not in self._simulators:
+            capability = gpu.compute_capability or AMPERE
+            self._simulators[kind] = Simulator(config, spec, work.processor, planned_precision(config, gpu), capability)
+        trace = self._simulators[kind].run(config, work).trace
+        return ReplayedRun(replay(trace, allocator_settings()).peak_reserved_bytes + CONTEXT_BYTES)
 
 
 def planned_speeds(config: TrainingConfig, spec: ModelSpec, gpus: Sequence[GpuFacts]) -> dict[str, float]:
@@ -151,7 +165,7 @@ def matrix(
     gpus: Sequence[GpuFacts] | None = None,
     *,
     reserve_gib: float = RESERVE_GIB,
-    simulate_on: Simulate = simulate_run,
+    simulate_on: Simulate | None = None,
     speed: Speed = planned_speeds,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Matrix:
@@ -160,14 +174,14 @@ def matrix(
     Bound of the time: cards fall into classes that take the same memory (Hopper and later or not, bf16 or not: three
     in the table), and one simulation at a length serves all cards of a class. A card's longest length is found by
     bisection, so that there are at most as many simulations of a model as classes times lengths of the ladder (18),
-    mostly half of them; a length that no card asks for is never simulated. One takes as long as an `eightgig plan` of
-    that model, so that the whole table is a matter of half an hour and more; `on_progress` tells of each.
+    mostly half of them; a length that no card asks for is never simulated. `benchmarks/results/card_table.json` says
+    how long the whole table took; `on_progress` tells of each simulation.
 
     Args:
         specs: the models; None = all that are known by name.
         gpus: the cards; None = all of the table.
         reserve_gib: of each card's memory, kept free for its other users.
-        simulate_on: makes the simulations.
+        simulate_on: makes the simulations; None = `SharedModel`.
         speed: tells the speeds.
         on_progress: is told each simulation as it ends, and each model that is left out.
     """
@@ -177,7 +191,7 @@ def matrix(
     cells: list[Cell] = []
     left_out: list[LeftOut] = []
     for spec in all_specs() if specs is None else specs:
-        row = _Row(spec, simulate_on, on_progress)
+        row = _Row(spec, simulate_on or SharedModel(), on_progress)
         try:
             found = row.cells(cards, reserve_bytes, speed)
         except UNPLANNABLE as error:

@@ -18,9 +18,9 @@ def matrix_lines(matrix: Mapping[str, Any]) -> Iterator[str]:
     """What `matrix` (`Matrix.to_json()`) says: first by models and sizes of cards, then by cards."""
     yield f"longest data.max_length in tokens, {format_method(matrix['method'])}, preset {matrix['preset']}"
     yield ""
-    yield from _model_lines(matrix)
+    yield from _table(model_rows(matrix))
     yield ""
-    yield from _card_lines(matrix)
+    yield from _table(card_rows(matrix))
     yield ""
     yield from _notes(matrix)
 
@@ -32,17 +32,17 @@ def length_text(length_tokens: int | None) -> str:
     return f"{length_tokens // 1024}k" if length_tokens >= 1024 else str(length_tokens)
 
 
-def _model_lines(matrix: Mapping[str, Any]) -> Iterator[str]:
-    """A line a model; a column for all cards with one size on the box, with the least that they take."""
+def model_rows(matrix: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A heading, and a row a model; a column for all cards with one size on the box, with the least that they take."""
     sizes: dict[int, list[str]] = {}
     for gpu in matrix["gpus"]:
         sizes.setdefault(gpu["vram_gb"] or round(gpu["vram_bytes"] / 2**30), []).append(gpu["name"])
     length_of = {(cell["model"], cell["gpu"]): cell["max_length_tokens"] for cell in matrix["cells"]}
-    rows = [("cards of ... GB", *map(str, sorted(sizes)))]
+    rows: list[tuple[str, ...]] = [("cards of ... GB", *map(str, sorted(sizes)))]
     for model in matrix["models"]:
         columns = ([length_of[model["name"], gpu] for gpu in names] for _, names in sorted(sizes.items()))
         rows.append((model["name"], *map(_size_text, columns)))
-    yield from _table(rows)
+    return rows
 
 
 def _size_text(lengths_tokens: Sequence[int | None]) -> str:
@@ -51,12 +51,12 @@ def _size_text(lengths_tokens: Sequence[int | None]) -> str:
     return length_text(least or None) + ("+" if any((length or 0) > least for length in lengths_tokens) else "")
 
 
-def _card_lines(matrix: Mapping[str, Any]) -> Iterator[str]:
-    """A line a card: its memory, how many models it trains, and its speed, the middle one over the models."""
+def card_rows(matrix: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A heading, and a row a card: its memory, how many models it trains, its speed, the middle one over the models."""
     cells_of: dict[str, list[Mapping[str, Any]]] = {gpu["name"]: [] for gpu in matrix["gpus"]}
     for cell in matrix["cells"]:
         cells_of[cell["gpu"]].append(cell)
-    rows = [("card", "memory", "models that fit", "tokens/s", f"× {matrix['reference_gpu']}")]
+    rows: list[tuple[str, ...]] = [("card", "memory", "models that fit", "tokens/s", f"× {matrix['reference_gpu']}")]
     for gpu in matrix["gpus"]:
         cells = cells_of[gpu["name"]]
         num_fitting = sum(cell["max_length_tokens"] is not None for cell in cells)
@@ -71,7 +71,7 @@ def _card_lines(matrix: Mapping[str, Any]) -> Iterator[str]:
                 f"{median(shares):.2f}" if shares else _NONE,
             )
         )
-    yield from _table(rows)
+    return rows
 
 
 def _notes(matrix: Mapping[str, Any]) -> Iterator[str]:
