@@ -92,11 +92,12 @@ def test_without_a_card_a_plan_says_how_to_name_one() -> None:
     [
         (1 << 30, 0.5, "saves 1.00 GiB, costs 0.5 s a step"),
         (1 << 20, 0, "saves 1.00 MiB, costs no time"),
+        (1 << 20, None, "saves 1.00 MiB"),  # times are not known
         (2 << 30, -1.5, "saves 2.00 GiB, saves 1.5 s a step"),
         (-(1 << 30), -2, "takes 1.00 GiB, saves 2.0 s a step"),
     ],
 )
-def test_a_lever_says_what_it_saves_and_costs(saves_bytes: int, costs_s: float, said: str) -> None:
+def test_a_lever_says_what_it_saves_and_costs(saves_bytes: int, costs_s: float | None, said: str) -> None:
     lever = {"name": "n", "saves_bytes": saves_bytes, "costs_s": costs_s, "reason": "r"}
     assert f"  n: {said}; r" in list(plan_lines(PLAN | {"levers": [lever]}))
 

@@ -89,6 +89,7 @@ def test_levers_stand_with_what_they_save_cost_and_why() -> None:
     lever = {"name": "cpu_offload", "saves_bytes": 700 * MIB, "costs_s": 1.25, "reason": "the <tower> is idle"}
     text = page_of(levers=(lever,)).text("levers")
     assert "cpu_offload 700.00 MiB 1.2 s the <tower> is idle" in text
+    assert "cpu_offload 700.00 MiB – the <tower> is idle" in page_of(levers=(lever | {"costs_s": None},)).text("levers")
     assert "Nothing: the settings below are as they were asked for." in page_of().text("levers")
 
 

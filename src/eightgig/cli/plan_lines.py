@@ -161,9 +161,11 @@ def _alternative_lines(alternatives: list[Mapping[str, Any]]) -> Iterator[str]:
         )
 
 
-def _trade(saves_bytes: int, costs_s: float) -> str:
+def _trade(saves_bytes: int, costs_s: float | None) -> str:
     """What a lever does to memory and to the time of a step; either may be for the worse, or for the better."""
     memory = f"{'saves' if saves_bytes >= 0 else 'takes'} {format_bytes(abs(saves_bytes))}"
+    if costs_s is None:
+        return memory
     if costs_s == 0:
         return f"{memory}, costs no time"
     return f"{memory}, {'costs' if costs_s > 0 else 'saves'} {format_duration(abs(costs_s))} a step"

@@ -102,7 +102,7 @@ def _lever(
     if without_bytes <= found.device_bytes:
         return
     step_s = _step_s(found)
-    costs_s = 0.0 if step_s is None or without_s is None else step_s - without_s
+    costs_s = None if step_s is None or without_s is None else step_s - without_s
     over_bytes = without_bytes - candidates.budget_bytes
     reason = "without it the run would fit as well, with less room"
     if over_bytes > 0:

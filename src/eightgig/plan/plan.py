@@ -50,13 +50,14 @@ class Lever:
     Attributes:
         name: what the setting does, in words.
         saves_bytes: of the card, against the run without it.
-        costs_s: of each step, against the run without it; negative where it saves time too.
+        costs_s: of each step, against the run without it; negative where it saves time too. None where times are not
+            known.
         reason: why it was chosen.
     """
 
     name: str
     saves_bytes: int
-    costs_s: float
+    costs_s: float | None
     reason: str
 
 
