@@ -57,10 +57,10 @@ ALTERNATIVE: dict[str, Any] = {
 RECEIPT_ROWS: tuple[dict[str, Any], ...] = (
     {"group": "language linears", "module_class": "Linear4bit", "num_modules": 224, "num_trainable": 0}
     | {"num_parameters": 6_476_005_376, "storage_dtype": "uint8", "is_4bit": True}
-    | {"bytes_16bit": 12_952_010_752, "bytes_now": 3_339_190_272},
+    | {"bytes_16bit": 12_952_010_752, "bytes_now": 3_339_190_272, "on_host": False},
     {"group": "vision tower", "module_class": "Linear", "num_modules": 145, "num_trainable": 0}
     | {"num_parameters": 303_507_456, "storage_dtype": "bfloat16", "is_4bit": False}
-    | {"bytes_16bit": 607_014_912, "bytes_now": 607_014_912},
+    | {"bytes_16bit": 607_014_912, "bytes_now": 607_014_912, "on_host": False},
 )
 RECEIPT: dict[str, Any] = {
     "model": "llava-1.5-7b",
