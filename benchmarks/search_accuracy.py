@@ -1,11 +1,11 @@
-"""Whether the settings that the planner's search chooses are the fastest that fit, and its longest text the longest.
+"""Whether the settings that the planner's search chooses are the fastest that fit.
 
 usage: python -m benchmarks.search_accuracy plan --out PLANS.json                       (no GPU)
        python -m benchmarks.search_accuracy measure --plans PLANS.json --out RECORD.json
 
-The grid: activation checkpointing on and off, 1 to 8 samples at once of the 8 in a step; each on the GPU alone,
-without a cap, so that one measurement tells for every budget what fits. The longest text of each budget runs under it
-as the allocator's cap; one 5 % longer should run out of memory.
+The grid: all, some or no decoder layers checkpointed, 1 to 8 samples at once of the 8 in a step; each runs under each
+budget as the allocator's cap, and so do the settings that were chosen. The longest texts are measured by
+`benchmarks.longest_texts`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,15 @@ from eightgig.models.adapters import attach_adapters
 from eightgig.models.least_memory import CONTEXT_BYTES
 from eightgig.models.load import LoadedModel, load_model
 from eightgig.models.precision import choose_precision
-from eightgig.plan.candidates import Candidates, with_changes
+from eightgig.plan.candidates import with_changes
 from eightgig.plan.card_rates import attained
-from eightgig.plan.search import longest_fit, search
+from eightgig.plan.search import search
 from eightgig.plan.workload import largest_workload
 from eightgig.registry.gpus import GpuFacts, get_gpu
 from eightgig.step.build import build_compute, build_step, checkpoint_as_configured
 
 CARD = "H100 SXM"
 NUM_SAMPLES = 8
-LENGTH_STEP_TOKENS = 16
-LONGER = 1.05
 NUM_TIMED = 2
 
 
@@ -59,7 +57,8 @@ PAIRS = (
     Pair("qwen3-vl-2b", 7.25),
     Pair("qwen3-vl-2b", 15.0),
 )
-GRID = [(checkpointing, batch) for checkpointing in (True, False) for batch in (1, 2, 4, 8)]
+CHECKPOINTED_SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the decoder layers
+BATCHES = (1, 2, 4, 8)
 
 
 def settings_of(model: str, **changes: Any) -> TrainingConfig:
@@ -73,9 +72,9 @@ def settings_of(model: str, **changes: Any) -> TrainingConfig:
     )
     paths = {
         "checkpointing": "hardware.gradient_checkpointing",
+        "checkpointed_layers": "hardware.checkpointed_layers",
         "batch": "training.batch_size",
         "accumulation": "training.gradient_accumulation_steps",
-        "length": "data.max_length",
         "cap_gib": "hardware.cap_gib",
     }
     changed = with_changes(config, {"preset": None, **{paths[name]: value for name, value in changes.items()}})
@@ -89,7 +88,7 @@ def card_of(pair: Pair) -> GpuFacts:
 
 
 def plan_pair(pair: Pair) -> dict[str, Any]:
-    """What the search chooses, and the longest text that it says fits."""
+    """What the search chooses."""
     started = time.perf_counter()
     config, spec, card = settings_of(pair.model), registry.get(pair.model), card_of(pair)
     rates, _ = attained()
@@ -99,23 +98,15 @@ def plan_pair(pair: Pair) -> dict[str, Any]:
 
     chosen = search(config, spec, card, reserve_bytes=0, fixed=(), workload_of=workload_of, rates=rates)
     searched_s = time.perf_counter() - started
-    single = settings_of(pair.model, accumulation=1, cap_gib=pair.cap_gib)
-    candidates = Candidates(single, spec, get_gpu(CARD), get_gpu(CARD).vram_bytes, workload_of, rates)
-    lengths = range(LENGTH_STEP_TOKENS, 16 * 1024, LENGTH_STEP_TOKENS)
-
-    def fits(length: int) -> bool:
-        found = candidates.get({"data.max_length": length})
-        return found is not None and bool(found.fits)
-
     row = {
         "model": pair.model,
         "cap_gib": pair.cap_gib,
         "fits": chosen.fits,
         "batch_size": chosen.config["training"]["batch_size"],
         "checkpointing": chosen.config["hardware"]["gradient_checkpointing"],
+        "checkpointed_layers": chosen.config["hardware"]["checkpointed_layers"],
         "planned_step_s": None if chosen.time is None else chosen.time.step_s,
         "search_s": searched_s,
-        "longest_tokens": longest_fit(lengths, fits),
     }
     print(row, flush=True)
     return row
@@ -131,6 +122,7 @@ class OnCard:
         precision = choose_precision(config.hardware.mixed_precision, self._device)
         self._loaded: LoadedModel = load_model(config, self._spec, self._device, precision)
         attach_adapters(self._loaded, config)
+        self.num_layers = len(self._spec.family.decoder_layers(self._loaded.model))
 
     def run(self, config: TrainingConfig) -> dict[str, Any]:
         """Step time and peaks of `config`; `out_of_memory` where it does not fit the cap."""
@@ -174,48 +166,49 @@ class OnCard:
 
 
 def measure(plans: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each planned row beside the measured grid and the two lengths."""
+    """Each planned row beside the measured grid under its cap."""
     rows = []
     for model in dict.fromkeys(plan["model"] for plan in plans):
         card = OnCard(model)
         for plan in [plan for plan in plans if plan["model"] == model]:
-            rows.append({**plan, **_lengths(card, plan)})
+            rows.append({**plan, **_measured(card, plan)})
             print(rows[-1], flush=True)
-        grid = []
-        for checkpointing, batch in GRID:
-            config = settings_of(model, checkpointing=checkpointing, batch=batch, accumulation=NUM_SAMPLES // batch)
-            grid.append({"checkpointing": checkpointing, "batch_size": batch, **card.run(config)})
-            print(model, grid[-1], flush=True)
-        for row in rows:
-            if row["model"] == model:
-                row |= _verdict(row, grid)
         del card
     return rows
 
 
-def _lengths(card: OnCard, plan: Mapping[str, Any]) -> dict[str, Any]:
-    tokens = plan["longest_tokens"]
-    if tokens is None:
-        return {}
-    found = {}
-    for name, length in (("longest", tokens), ("longer", int(tokens * LONGER))):
-        config = settings_of(plan["model"], length=length, accumulation=1, cap_gib=plan["cap_gib"])
-        found[f"{name}_run"] = {"tokens": length, **card.run(config)}
-    return found
-
-
-def _verdict(row: Mapping[str, Any], grid: list[dict[str, Any]]) -> dict[str, Any]:
-    fitting = [each for each in grid if not each["out_of_memory"] and each["reserved_bytes"] <= row["cap_gib"] * GIB]
-    chosen = [
-        each
-        for each in fitting
-        if (each["checkpointing"], each["batch_size"]) == (row["checkpointing"], row["batch_size"])
-    ]
-    fastest = min(fitting, key=lambda each: each["step_s"], default=None)
-    result: dict[str, Any] = {"grid": grid, "fastest": fastest, "chosen_fits": bool(chosen)}
-    if chosen and fastest is not None:
-        result["slower_than_fastest"] = chosen[0]["step_s"] / fastest["step_s"] - 1
+def _measured(card: OnCard, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """The chosen settings and the grid, each run under the cap, and how much slower than the best the chosen are."""
+    names = ("checkpointing", "checkpointed_layers", "batch_size")
+    chosen = _run_under_cap(card, plan, {name: plan[name] for name in names})
+    grid = [_run_under_cap(card, plan, settings) for settings in _grid(card.num_layers)]
+    fastest = min(
+        (each for each in (chosen, *grid) if not each["out_of_memory"]), key=lambda each: each["step_s"], default=None
+    )
+    result = {"chosen": chosen, "grid": grid, "fastest": fastest}
+    if fastest is not None and not chosen["out_of_memory"]:
+        result["slower_than_fastest"] = chosen["step_s"] / fastest["step_s"] - 1
     return result
+
+
+def _grid(num_layers: int) -> Iterator[dict[str, Any]]:
+    for share in CHECKPOINTED_SHARES:
+        for batch in BATCHES:
+            some = round(share * num_layers) if 0 < share < 1 else None
+            yield {"checkpointing": share > 0, "checkpointed_layers": some, "batch_size": batch}
+
+
+def _run_under_cap(card: OnCard, plan: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    batch = settings["batch_size"]
+    config = settings_of(
+        plan["model"],
+        cap_gib=plan["cap_gib"],
+        checkpointing=settings["checkpointing"],
+        checkpointed_layers=settings["checkpointed_layers"],
+        batch=batch,
+        accumulation=NUM_SAMPLES // batch,
+    )
+    return {**settings, **card.run(config)}
 
 
 def main() -> None:
@@ -225,7 +218,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--plans", type=Path)
     arguments = parser.parse_args()
-    conditions = {"card": CARD, "num_samples": NUM_SAMPLES, "longer": LONGER}
+    conditions = {"card": CARD, "num_samples": NUM_SAMPLES}
     if arguments.what == "plan":
         write_record(
             arguments.out, name="search_plans", figures={"pairs": [plan_pair(p) for p in PAIRS]}, conditions=conditions

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.plan.trace_reading import left_by
 from tests.tiny import build_tiny_llava
 from tests.tiny_training import CPU, load_tiny
 
@@ -16,7 +17,7 @@ from eightgig.plan.blocks import round_size
 from eightgig.plan.op_costs import PREFETCH, TRANSFER
 from eightgig.plan.plan import plan
 from eightgig.plan.simulate import Simulation, Simulator
-from eightgig.plan.trace import FREED, MemoryTrace
+from eightgig.plan.trace import FREED
 from eightgig.plan.workload import Workload, largest_workload
 from eightgig.registry import ModelSpec, resolve
 
@@ -53,18 +54,6 @@ def simulator(spec: ModelSpec, work: Workload) -> Simulator:
     return Simulator(config_with(spec), spec, work.processor, BF16, (8, 6))
 
 
-def at_end_of_loading(trace: MemoryTrace) -> dict[int, int]:
-    """The blocks that are live then, and their bytes."""
-    (_, first, end), *_ = trace.phases()
-    live: dict[int, int] = {}
-    for block, size in list(trace)[first:end]:
-        if size == FREED:
-            live.pop(block)
-        else:
-            live[block] = size
-    return live
-
-
 def fetched_bytes(simulation: Simulation, kind: str) -> float:
     return sum(count * cost.moved_bytes for cost, count in simulation.micro_batch_costs.items() if cost.kind == kind)
 
@@ -82,7 +71,7 @@ def test_streamed_layers_leave_the_card_but_for_two_buffers(
 ) -> None:
     plain = simulator.run(config_with(spec), work)
     ours = simulator.run(config_with(spec, streamed_layers=streamed), work)
-    before, after = (sum(map(round_size, at_end_of_loading(run.trace).values())) for run in (plain, ours))
+    before, after = (sum(map(round_size, left_by(run.trace, "load").values())) for run in (plain, ours))
     assert before - after == (streamed - 2) * block_bytes()
     peaks = [dict(run.trace.live_bytes()) for run in (plain, ours)]
     for phase in ("validate", "train"):
@@ -108,7 +97,7 @@ def test_while_loading_no_two_streamed_layers_are_on_the_card(
         else:
             live[block] = size
         most = max(most, sum(size in packed_bytes for size in live.values()))
-    resident = sum(size in packed_bytes for size in at_end_of_loading(trace).values())
+    resident = sum(size in packed_bytes for size in left_by(trace, "load").values())
     assert most <= resident + 2
 
 
@@ -118,7 +107,7 @@ def test_an_embedding_on_the_host_leaves_the_card_and_its_rows_travel(
     plain = simulator.run(config_with(spec), work)
     ours = simulator.run(config_with(spec, embedding_on_host=True), work)
     table_bytes = spec.facts.architecture["text_config"]["vocab_size"] * 64 * 2
-    gone = sum(at_end_of_loading(plain.trace).values()) - sum(at_end_of_loading(ours.trace).values())
+    gone = sum(left_by(plain.trace, "load").values()) - sum(left_by(ours.trace, "load").values())
     assert gone == ours.host_bytes == table_bytes
     assert fetched_bytes(ours, TRANSFER) == work.batch.model_inputs["input_ids"].numel() * 64 * 2
     train = [dict(run.trace.live_bytes())["train"] for run in (plain, ours)]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from benchmarks.planned_comparison import comparison_row, read_measured
 from benchmarks.planned_runs import BUILT, predict
+from tests.plan.trace_reading import left_by
 from tests.tiny import build_tiny_llava
 
 from eightgig.checkpoint.store import write_checkpoint
@@ -241,14 +242,7 @@ def test_of_a_validation_only_the_workspaces_stay(tmp_path: Path) -> None:
     )
     spec = resolve(config.model.name)
     trace = simulate(config, spec, largest_workload(config, spec), FP32, CARD).trace
-    first, end = next((first, end) for name, first, end in trace.phases() if name == "validate")
-    live: dict[int, int] = {}
-    for block, size in list(trace)[first:end]:
-        if size == FREED:
-            live.pop(block)
-        else:
-            live[block] = size
-    assert set(live.values()) <= {WORKSPACE_BYTES, LT_WORKSPACE_BYTES}
+    assert set(left_by(trace, "validate").values()) <= {WORKSPACE_BYTES, LT_WORKSPACE_BYTES}
 
 
 @pytest.mark.parametrize("name", ["smolvlm2-2.2b-2048", "qwen2-vl-2b-1024"])

@@ -1,7 +1,7 @@
 """Operations on fake tensors whose outcome is known: made anew from what the same operation gave before.
 
-A fake tensor works out an operation's outcome in some 100 µs, and a simulated run has tens of thousands of them, most
-with the same shapes over and over. What an operation returns follows from its arguments' shapes, strides and dtypes
+To work out an operation's outcome takes long, and a simulated run has tens of thousands of them, most with the same
+shapes over and over. What an operation returns follows from its arguments' shapes, strides and dtypes
 and from its plain values; so it is asked once for each such key.
 """
 
