@@ -84,7 +84,10 @@ def load_model(config: TrainingConfig, spec: ModelSpec, device: torch.device, pr
         spec.family.check_image_px(spec.facts, image_px)
     quantization = quantization_config(config, spec, device, precision)
     dtype = weight_dtype(config.training.method, device, precision)
-    with _explained_load_errors(config, spec, device), leaving_the_gpu(config.hardware, spec, device):
+    with (
+        _explained_load_errors(config, spec, device),
+        leaving_the_gpu(config.hardware, spec, device) as packed,
+    ):
         if config.model.random_weights_seed is not None:
             model = build_random(
                 spec,
@@ -97,7 +100,7 @@ def load_model(config: TrainingConfig, spec: ModelSpec, device: torch.device, pr
             model = _from_pretrained(config, spec, device, dtype, quantization)
         processor = load_processor(config, spec)
     prepare_model(model, processor, spec, config, dtype)
-    streamed = keep_on_host(config.hardware, spec, model, device)
+    streamed = keep_on_host(config.hardware, spec, model, device, packed)
     receipt = make_receipt(model, spec, config)
     receipt.check()
     return LoadedModel(model, processor, spec, receipt, precision, device, streamed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from eightgig.memory.streaming import block_bytes, layer_places
+from eightgig.memory.packed_layers import block_bytes, layer_places
 from eightgig.memory.weight_ring import NUM_SLOTS, WeightRing, follow
 from eightgig.models.host_weights import host_tables, streamed_layers
 from eightgig.plan.categories import WEIGHTS_4BIT
