@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from torch import nn
 from torch.nn.modules import module as module_hooks
@@ -21,15 +22,15 @@ def to_host_as_they_arrive(
 ) -> Iterator[None]:
     """Inside, the weights of `wanted` are moved to the host one by one as they are set on the model, on `device`.
 
-    Only their packed weights and scales are: what else belongs to a 4-bit weight is small and stays. A weight has
+    Of a 4-bit layer only the packed weight and its scales are: what else belongs to it is small and stays. A weight has
     arrived when it is on `device` and, if its layer is a 4-bit one, quantised. That happens after the whole tree of
     modules is there, which is followed by torch's own hooks of registration while it is built.
 
     Args:
         wanted: see there.
         device: where weights arrive.
-        when_whole: called with a module of `wanted` once all of its parts are on the host: before the next weight is
-            set, or at the end.
+        when_whole: called with a module of `wanted` once each of its parts has a weight on the host: before the next
+            weight is set, or at the end.
     """
     arrivals = _Arrivals(wanted, device, when_whole)
     hooks = (
@@ -91,8 +92,8 @@ class _Arrivals:
 
 
 def _has_arrived(module: nn.Module, parameter: Any) -> bool:
-    """4-bit weights when they are quantised, tables of embeddings at once; nothing else is ever wanted."""
-    return getattr(parameter, "quant_state", None) is not None or isinstance(module, nn.Embedding)
+    """Weights of 4-bit layers when they are quantised, their biases never; all else at once."""
+    return getattr(parameter, "quant_state", None) is not None or not isinstance(module, bnb.nn.Linear4bit)
 
 
 def _to_host(parameter: Any) -> None:

@@ -14,6 +14,7 @@ from transformers import modeling_utils
 
 from eightgig.core.errors import ConfigError, Problem
 from eightgig.memory.arrivals import to_host_as_they_arrive
+from eightgig.memory.cached_tower import tower_of
 from eightgig.memory.freed_memory import give_back_freed_memory
 from eightgig.memory.host_embedding import look_up_on_host
 from eightgig.memory.packed_layers import PackedLayer, quantised_linears
@@ -31,27 +32,34 @@ STREAMED = "hardware.streamed_layers"
 
 @contextlib.contextmanager
 def leaving_the_gpu(
-    hardware: HardwareConfig, spec: ModelSpec, device: torch.device
+    hardware: HardwareConfig, spec: ModelSpec, device: torch.device, *, with_tower: bool = False
 ) -> Iterator[dict[nn.Module, PackedLayer]]:
     """Inside, a model is built or read whose weights for the host leave the GPU as they arrive there.
 
     A streamed layer is packed as soon as it is whole, so that host memory holds no layer's weights twice but one's.
     What it is packed into is found in the yielded dict, by the layer. On the CPU, which stands in for a GPU, too.
+    `with_tower`: the weights of the tower whose features are kept leave as well; small parts of it stay.
 
     transformers reserves the memory of a whole model before it reads one. Inside it does not, since the whole need not
     fit; afterwards it does again.
     """
     packed: dict[nn.Module, PackedLayer] = {}
-    if not (hardware.embedding_on_host or hardware.streamed_layers):
+    if not (hardware.embedding_on_host or hardware.streamed_layers or with_tower):
         yield packed
         return
+    layers: set[nn.Module] = set()
 
     def wanted(model: nn.Module) -> Mapping[nn.Module, Collection[nn.Module]]:
-        layers = {layer: quantised_linears(layer) for layer in streamed_layers(hardware, spec, model)}
-        return layers | {table: [table] for table in host_tables(hardware, spec, model)}
+        layers.update(streamed_layers(hardware, spec, model))
+        parts: dict[nn.Module, Collection[nn.Module]] = {layer: quantised_linears(layer) for layer in layers}
+        parts |= {table: [table] for table in host_tables(hardware, spec, model)}
+        if with_tower:
+            tower = tower_of(model, spec.family)
+            parts[tower] = list(tower.modules())
+        return parts
 
     def when_whole(module: nn.Module) -> None:
-        if not isinstance(module, nn.Embedding):
+        if module in layers:
             packed[module] = PackedLayer(module, device)
             give_back_freed_memory()  # the pieces'; else it would lie in holes until the model is whole
 
