@@ -179,7 +179,7 @@ def test_a_later_run_never_has_the_tower_on_the_card(folder: Path, data: Path, t
     assert "features" in first.peak["phases"]
     assert "features" not in later.peak["phases"]
     assert later.peak["peak_allocated_bytes"] <= first.peak["peak_allocated_bytes"]
-    assert _losses(later) == _losses(first)
+    assert _losses(later) == pytest.approx(_losses(first), rel=2e-2)
     assert later.verification is not None
     assert later.verification["ok"]
 
