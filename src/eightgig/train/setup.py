@@ -108,7 +108,8 @@ def build_run(
         workload = functools.partial(largest_training_batch, config, spec, encoder, data)
         planned = plan_memory(config, spec, card, workload, folder, listener)
     listener.on_message(f"loading {spec.name}")
-    loaded = load_model(config, spec, place.device, place.precision)
+    tower_on_host = config.hardware.cache_image_features  # it comes to the card if features are missing
+    loaded = load_model(config, spec, place.device, place.precision, tower_on_host=tower_on_host)
     attach_adapters(loaded, config)
     layers = adapted_layers(loaded.model)
     if layers:
