@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eightgig.registry.facts import ImageLayout, ModelFacts, ModulePaths
-from eightgig.registry.family import ModelFamily
+from eightgig.registry.family import ModelFamily, base_model
 from eightgig.registry.processors import image_text_processor
 from eightgig.registry.standin import byte_level_tokenizer
 
@@ -274,6 +274,10 @@ def _scaled_down(image: Any, image_processor: Any, cap_px: int) -> Any:
     width_px, height_px = image.size
     size = TileGrids(grids_px, int(image_processor.size["height"]), 1, 1).capped_size(width_px, height_px, cap_px)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+    def tower_features(self, model: Any, output: Any) -> Any:
+        """The hidden states of the layer that the projector gets: [tiles, patches, width]."""
+        return output.hidden_states[base_model(model).config.vision_feature_layer]
 
 
 FAMILIES = (LlavaOnevisionFamily(),)
