@@ -35,7 +35,7 @@ Originals = dict[nn.Module, Tensor]
 def tower_weights_kept(config: TrainingConfig, spec: ModelSpec) -> Iterator[Originals]:
     """Inside, a model is built or read; of its vision tower's layers that are quantised, the weights are kept.
 
-    They go to the host one by one, before each is quantised. Nothing is kept of a tower that `config` leaves in 16 bits.
+    They go to the host one by one, before each is quantised. Of a tower that stays in 16 bits nothing is kept.
     """
     kept: Originals = {}
     if not tower_is_4bit(config, spec):

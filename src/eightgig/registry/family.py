@@ -41,8 +41,8 @@ class ModelFamily(ABC):
         lora_pattern: regular expression, matched in full against module paths: the language model's linear layers.
         keep_16bit: modules that are never quantised, each with all inside it: regular expressions, matched from the
             start of full paths as transformers matches `llm_int8_skip_modules`; the lm_head is always among them.
-        keep_16bit_in_tower: modules inside the first tower that stay 16-bit where that tower is in 4 bits: linear layers
-            that embed patches. Norms, convolutions, tables of positions and projectors stay so without being named.
+        keep_16bit_in_tower: modules inside the first tower that stay 16-bit where that tower is in 4 bits: linear
+            layers that embed patches. Norms, convolutions, tables of positions and projectors need not be named.
         image_placeholder: what the chat template writes for one image.
         end_of_turn: the token that ends an answer.
         models: the published models known by name.

@@ -266,6 +266,10 @@ class LlavaOnevisionFamily(ModelFamily):
         features: Mapping[str, Any] = processor.image_processor(images=[list(images)], return_tensors="pt")
         return features
 
+    def tower_features(self, model: Any, output: Any) -> Any:
+        """The hidden states of the layer that the projector gets: [tiles, patches, width]."""
+        return output.hidden_states[base_model(model).config.vision_feature_layer]
+
 
 def _scaled_down(image: Any, image_processor: Any, cap_px: int) -> Any:
     from PIL import Image
@@ -274,10 +278,6 @@ def _scaled_down(image: Any, image_processor: Any, cap_px: int) -> Any:
     width_px, height_px = image.size
     size = TileGrids(grids_px, int(image_processor.size["height"]), 1, 1).capped_size(width_px, height_px, cap_px)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
-
-    def tower_features(self, model: Any, output: Any) -> Any:
-        """The hidden states of the layer that the projector gets: [tiles, patches, width]."""
-        return output.hidden_states[base_model(model).config.vision_feature_layer]
 
 
 FAMILIES = (LlavaOnevisionFamily(),)
