@@ -121,9 +121,18 @@ def test_it_trains_and_plain_libraries_reload_the_adapter(case: Case, monkeypatc
     monkeypatch.setattr(checks, "CONFIG", config_of(tower=True))
     trained = checks.train(case)
     assert any(isinstance(m, bnb.nn.Linear4bit) for m in linears(trained.loaded.model, case.tiny.family).values())
-    checks.check_training(case, trained)
     checks.check_reload(case, trained)
-    checks.check_fp16(case)
+
+
+FP16 = [tiny for tiny in all_tiny_families() if tiny.name in ("qwen2_5_vl", "smolvlm", "gemma4")]
+
+
+@pytest.mark.parametrize("tiny", FP16, ids=lambda tiny: tiny.name)
+def test_it_trains_in_fp16(tiny: TinyFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Towers that ask their own layers for the dtype of pixels, each in another way."""
+    monkeypatch.setattr(checks, "CONFIG", config_of(tower=True))
+    samples = checks.write_samples(tmp_path / "data")
+    checks.check_fp16(Case(tiny, build_tiny_family(tiny, tmp_path / "model"), samples, tmp_path))
 
 
 @pytest.fixture
