@@ -206,7 +206,8 @@ def _outside_blocks(model: Any, tower: str) -> list[str]:
     """
     from torch import nn
 
-    inside, outside = [], []
+    inside: list[str] = []
+    outside: list[str] = []
     for name, module in model.get_submodule(tower).named_modules():
         if isinstance(module, nn.Linear):
             is_plain = re.search(r"(^|\.)\d+\.", name) is not None and type(module) is nn.Linear
