@@ -159,6 +159,14 @@ BAD_SETTINGS = {
         {"hardware": {"streamed_layers": 4}, "training": {"method": "lora"}},
         Problem("hardware.streamed_layers", "4", "0 with training.method = lora: only 4-bit weights are streamed"),
     ),
+    "a tower in 4 bits beside a language model in 16": (
+        {"training": {"method": "lora", "quantization": {"vision_tower": True}}},
+        Problem(
+            "training.quantization.vision_tower",
+            "true",
+            "false with training.method = lora: 4-bit weights are for method qlora",
+        ),
+    ),
     "embeddings that are trained in RAM": (
         {"hardware": {"embedding_on_host": True}, "training": {"method": "full"}},
         Problem(

@@ -190,6 +190,13 @@ def test_fake_tensors_take_what_real_ones_take(hardware: dict[str, Any], tmp_pat
     assert simulated_growth(config) == growth_of_training(real_trace(config, resolve(config.model.name)))
 
 
+def test_a_tower_in_4_bits_takes_what_a_real_one_takes(tmp_path: Path) -> None:
+    config = settings_of(tmp_path / "model")
+    quantization = config.training.quantization.model_copy(update={"vision_tower": True})
+    config = config.model_copy(update={"training": config.training.model_copy(update={"quantization": quantization})})
+    assert simulated_growth(config) == growth_of_training(real_trace(config, resolve(config.model.name)))
+
+
 def test_each_layer_that_is_checkpointed_takes_the_same_off_the_peak(tmp_path: Path) -> None:
     peaks = [
         max(simulated_growth(settings_of(tmp_path / f"{n}", max_length=400, checkpointed_layers=n)))

@@ -38,6 +38,7 @@ def contradictions(config: TrainingConfig) -> list[Clash]:
         *_without_gpu(config),
         *_without_checkpointing(config),
         *_trained_on_host(config),
+        *_tower_alone_in_4bit(config),
     ]
 
 
@@ -134,3 +135,18 @@ def _trained_on_host(config: TrainingConfig) -> list[Clash]:
             )
         )
     return clashes
+
+
+def _tower_alone_in_4bit(config: TrainingConfig) -> list[Clash]:
+    """A tower in 4 bits below a language model in 16: far less of it would be saved than of the language model."""
+    training = config.training
+    if training.quantization.load_in_4bit or not training.quantization.vision_tower:
+        return []
+    return [
+        Clash(
+            path=("training", "quantization", "vision_tower"),
+            value=True,
+            allowed=f"false with training.method = {training.method.value}: 4-bit weights are for method qlora",
+            other="training.method",
+        )
+    ]

@@ -63,6 +63,9 @@ class QuantizationConfig(Section):
     """How the frozen weights are stored."""
 
     load_in_4bit: Flag = Field(True, description="store the language model's linear layers in 4 bits")
+    vision_tower: Flag = Field(
+        False, description="store the vision tower's linear layers in 4 bits too; its features change a little"
+    )
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="the sixteen 4-bit values")
     bnb_4bit_use_double_quant: Flag = Field(True, description="quantise the block scales too")
     bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(

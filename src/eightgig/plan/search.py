@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from eightgig.config.fields import MIN_STREAMED_LAYERS
 from eightgig.models.host_weights import EMBEDDING, STREAMED
+from eightgig.models.quantization import TOWER_IN_4BIT
 from eightgig.plan.candidates import Candidate, Candidates, Changes, WorkloadOf
 from eightgig.plan.card_rates import CardRates
 from eightgig.plan.fewer_checkpointed import CHECKPOINTED_LAYERS, fewer_checkpointed
@@ -146,8 +147,8 @@ def _plan(request: Request, whole: Candidates, changes: Changes) -> Plan:
 
 
 def _alternatives(request: Request, candidates: Candidates) -> Iterator[Alternative]:
-    """What would fit, cheapest first: changes that cost time, then those that cost texts; each on top of the ones
-    before it that alone don't suffice.
+    """What would fit, cheapest first: changes that cost time, then a tower in 4 bits, then those that cost texts; each
+    on top of the ones before it that alone don't suffice.
     """
     changes: dict[str, object] = {}
     for change, price in _cheap_changes(request):
@@ -166,11 +167,31 @@ def _alternatives(request: Request, candidates: Candidates) -> Iterator[Alternat
         if found.fits:
             yield _alternative(changes, found, "their weights come from RAM in each pass")
             return
+    if _tower_in_4bit_saves(request, candidates, changes):
+        changes[TOWER_IN_4BIT] = True
+        streamed = _fewest_streamed(candidates, changes)  # perhaps not all of them now
+        if streamed is not None:
+            changes[STREAMED] = streamed
+        found = candidates.get(changes)
+        assert found is not None
+        if found.fits:
+            yield _alternative(
+                changes, found, "the vision tower's features change a little; the run's receipt says how much"
+            )
+            return
     length = _longest_length(request, candidates, changes)
     if length is not None:
         found = candidates.get({**changes, LENGTH: length})
         assert found is not None
         yield _alternative({**changes, LENGTH: length}, found, f"texts are cut at {length:,} tokens")
+
+
+def _tower_in_4bit_saves(request: Request, candidates: Candidates, changes: Changes) -> bool:
+    """Whether the run with `changes` takes less of the card with its vision tower in 4 bits, and is not so already."""
+    if request.config.training.quantization.vision_tower:
+        return False
+    without, found = candidates.get(changes), candidates.get({**changes, TOWER_IN_4BIT: True})
+    return without is not None and found is not None and found.device_bytes < without.device_bytes
 
 
 def _cheap_changes(request: Request) -> Iterator[tuple[dict[str, object], str]]:

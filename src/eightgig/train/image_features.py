@@ -175,7 +175,7 @@ class FeatureCache:
     def _features_of(self, encoder: Encoder, group: Sequence[tuple[str, ImagePart]]) -> dict[str, StoredImage]:
         """The features of a few images, computed together, by key."""
         family, processor = encoder.family, encoder.processor
-        encoded = [_encoded(encoder, part) for _, part in group]
+        encoded = [encoded_image(encoder, part) for _, part in group]
         batch = collate(encoded, encoder.pad_token_id, encoder.image_layout)
         compute = self._place.compute
         with self._explained(), self._place.meter.phase("features"), compute.autocast():
@@ -236,8 +236,8 @@ def _images_by_key(samples: Iterable[Sample]) -> dict[str, ImagePart]:
     return {key: part for part, key in known.items()}
 
 
-def _encoded(encoder: Encoder, part: ImagePart) -> EncodedSample:
-    """A prompt with the image `part` alone."""
+def encoded_image(encoder: Encoder, part: ImagePart) -> EncodedSample:
+    """A prompt with the image `part` alone. Raises DataError where it can't be read any more."""
     message = Message("user", (part, TextPart(QUESTION)))
     return _or_data_error(part, functools.partial(encoder.encode_prompt, [message]))
 

@@ -21,6 +21,7 @@ from eightgig.models.adapters import adapted_layers, attach_adapters
 from eightgig.models.load import LoadedModel, load_model, load_processor
 from eightgig.models.precision import Precision, choose_precision
 from eightgig.models.tower_features import check_features_can_be_kept
+from eightgig.models.tower_in_4bit import tower_weights_kept
 from eightgig.registry import ModelSpec, resolve
 from eightgig.step.build import (
     build_compute,
@@ -37,6 +38,7 @@ from eightgig.train.memory_meter import MemoryMeter
 from eightgig.train.planning import FindCard, plan_memory
 from eightgig.train.run import DataSets, Run
 from eightgig.train.run_folder import RunFolder
+from eightgig.train.tower_difference import measure_tower
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ def build_run(
         planned = plan_memory(config, spec, card, workload, folder, listener)
     listener.on_message(f"loading {spec.name}")
     tower_on_host = config.hardware.cache_image_features  # it comes to the card if features are missing
-    loaded = load_model(config, spec, place.device, place.precision, tower_on_host=tower_on_host)
+    with tower_weights_kept(config, spec) as originals:
+        loaded = load_model(config, spec, place.device, place.precision, tower_on_host=tower_on_host)
     attach_adapters(loaded, config)
     layers = adapted_layers(loaded.model)
     if layers:
@@ -117,7 +120,9 @@ def build_run(
         listener.on_message(f"adapters on {sum(layers.values())} layers: {kinds}")
     compute = build_compute(config, place.device, place.precision)
     meter = MemoryMeter(place.device)
-    fed = _fed(config, loaded, encoder, data, FeaturePlace(compute, meter, place.accelerator), listener)
+    feature_place = FeaturePlace(compute, meter, place.accelerator)
+    measure_tower(loaded, originals, encoder, data, feature_place, listener)
+    fed = _fed(config, loaded, encoder, data, feature_place, listener)
     tile_as_configured(config, spec, loaded.model)
     checkpoint_as_configured(config, spec, loaded.model)
     offload_as_configured(config, spec, loaded.model)
