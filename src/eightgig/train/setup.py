@@ -35,6 +35,7 @@ from eightgig.train.image_features import FeatureCache, FeaturePlace, FedRun
 from eightgig.train.largest_batch import largest_training_batch
 from eightgig.train.memory_meter import MemoryMeter
 from eightgig.train.planning import FindCard, plan_memory
+from eightgig.train.positions import positions_note
 from eightgig.train.run import DataSets, Run
 from eightgig.train.run_folder import RunFolder
 
@@ -109,6 +110,9 @@ def build_run(
         planned = plan_memory(config, spec, card, workload, folder, listener)
     listener.on_message(f"loading {spec.name}")
     loaded = load_model(config, spec, place.device, place.precision)
+    note = positions_note(config, spec, loaded.model.config, data.train_sizes)
+    if note is not None:
+        listener.on_message(note)
     attach_adapters(loaded, config)
     layers = adapted_layers(loaded.model)
     if layers:
