@@ -43,6 +43,7 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
     "half-checkpointed": CHECKPOINTED | {"checkpointed_layers": 16},
     "offload": CHECKPOINTED | {"offload_layer_inputs": True},
     "tiles": PLAIN | {"mlp_tile_tokens": 300},  # a row's last tile is a shorter one
+    "projections": CHECKPOINTED | {"mlp_tile_tokens": 300, "tiled_projections": True},
     "loss-chunks": PLAIN | {"loss_chunk_tokens": 100},
     "features": PLAIN | {"cache_image_features": True},
     "embedding": PLAIN | {"embedding_on_host": True},
@@ -51,6 +52,7 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
     "all": {
         "offload_layer_inputs": True,
         "mlp_tile_tokens": 300,
+        "tiled_projections": True,
         "loss_chunk_tokens": 100,
         "cache_image_features": True,
         "embedding_on_host": True,

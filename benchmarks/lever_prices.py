@@ -71,6 +71,16 @@ def levers_of(num_layers: int) -> tuple[Priced, ...]:
             "layer inputs on the host", CHECKPOINTED | {"offload_layer_inputs": True}, without="all layers checkpointed"
         ),
         Priced(f"MLP in tiles of {TILE_TOKENS} tokens", PLAIN | {"mlp_tile_tokens": TILE_TOKENS}),
+        Priced(
+            f"MLP in tiles of {TILE_TOKENS} tokens, all layers checkpointed",
+            CHECKPOINTED | {"mlp_tile_tokens": TILE_TOKENS},
+            without="all layers checkpointed",
+        ),
+        Priced(
+            f"norms and projections in tiles of {TILE_TOKENS} tokens",
+            CHECKPOINTED | {"mlp_tile_tokens": TILE_TOKENS, "tiled_projections": True},
+            without=f"MLP in tiles of {TILE_TOKENS} tokens, all layers checkpointed",
+        ),
         Priced(f"loss in chunks of {CHUNK_TOKENS} targets", PLAIN | {"loss_chunk_tokens": CHUNK_TOKENS}),
         Priced("image features kept", PLAIN | {"cache_image_features": True}),
         Priced("8-bit optimizer", PLAIN | {"optimizer": "adamw_8bit"}),

@@ -331,7 +331,7 @@ def prepare(run: LeverRun, loaded: LoadedModel, batch: MicroBatch, link: Link | 
 def without_levers(loaded: LoadedModel) -> None:
     """Undo what `prepare` did to the model."""
     for layer in loaded.spec.family.decoder_layers(loaded.model):
-        for module in (layer, loaded.spec.family.mlp(layer)):
+        for module in (layer, loaded.spec.family.mlp(layer), *loaded.spec.family.projections(layer)):
             if module is not None:
                 vars(module).pop("forward", None)
     loaded.model.zero_grad(set_to_none=True)

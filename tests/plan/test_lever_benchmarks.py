@@ -42,6 +42,7 @@ def test_levers_change_no_loss_and_what_they_move_is_counted(tiny: str, monkeypa
         "cache_image_features": True,
         "offload_layer_inputs": True,
         "mlp_tile_tokens": 29,
+        "tiled_projections": True,
         "loss_chunk_tokens": 7,
     }
     without, with_levers = measure(plain, CPU), measure(replace(plain, levers=levers), CPU)
@@ -111,7 +112,7 @@ def test_numbers_of_each_lever_are_those_of_the_plain_path(tiny: str, monkeypatc
     monkeypatch.setattr(lever_numerics, "LEVERS", fewer)
     found = {
         name: numbers_of(run_of(name, tiny, TOKENS, precision="fp32", num_steps=2), CPU)
-        for name in ("plain", "half-checkpointed", "offload", "tiles", "all")
+        for name in ("plain", "half-checkpointed", "offload", "tiles", "projections", "all")
     }
     plain = found["plain"]
     assert bool(plain["gradient"].any())
