@@ -58,9 +58,9 @@ RUNS = (
         {
             **LEAN,
             "offload_layer_inputs": True,
-            "mlp_tile_tokens": 2048,
+            "mlp_tile_tokens": 4096,
             "tiled_projections": True,
-            "streamed_layers": 6,
+            "streamed_layers": 8,
         },
         CAP_GIB,
         6,
