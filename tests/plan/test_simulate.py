@@ -236,7 +236,8 @@ def test_the_smaller_the_tiles_the_less_a_layer_takes(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("every_size")
 @pytest.mark.parametrize("tile_tokens", [300, 600])
 def test_projections_in_tiles_take_less_than_mlps_alone(tile_tokens: int, tmp_path: Path) -> None:
-    settings = {"max_length": 400, "offload_layer_inputs": True, "mlp_tile_tokens": tile_tokens}
+    """With texts so long that a layer takes more than a chunk of the loss."""
+    settings = {"max_length": 1500, "offload_layer_inputs": True, "mlp_tile_tokens": tile_tokens}
     alone, with_them = (
         max(simulated_growth(settings_of(tmp_path / f"{tiled}", tiled_projections=tiled, **settings)))
         for tiled in (False, True)
