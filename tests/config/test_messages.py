@@ -139,6 +139,14 @@ BAD_SETTINGS = {
             "false with hardware.gradient_checkpointing = false: no layer is recomputed",
         ),
     ),
+    "projections in tiles of no size": (
+        {"hardware": {"tiled_projections": True}},
+        Problem(
+            "hardware.tiled_projections",
+            "true",
+            "false with hardware.mlp_tile_tokens = null: it says how many tokens a tile has",
+        ),
+    ),
     "paging without a GPU": (
         {"hardware": {"device": "cpu"}, "training": {"optimizer": "paged_adamw_8bit"}},
         Problem(

@@ -37,6 +37,7 @@ def contradictions(config: TrainingConfig) -> list[Clash]:
         *_against_preset(config),
         *_without_gpu(config),
         *_without_checkpointing(config),
+        *_without_tiles(config),
         *_trained_on_host(config),
         *_tower_alone_in_4bit(config),
     ]
@@ -109,6 +110,20 @@ def _without_checkpointing(config: TrainingConfig) -> list[Clash]:
         )
         for name, neutral in settings.items()
         if getattr(hardware, name) != neutral
+    ]
+
+
+def _without_tiles(config: TrainingConfig) -> list[Clash]:
+    """Projections in tiles, where no tile is said."""
+    if not config.hardware.tiled_projections or config.hardware.mlp_tile_tokens is not None:
+        return []
+    return [
+        Clash(
+            path=("hardware", "tiled_projections"),
+            value=True,
+            allowed="false with hardware.mlp_tile_tokens = null: it says how many tokens a tile has",
+            other="hardware.mlp_tile_tokens",
+        )
     ]
 
 

@@ -154,6 +154,9 @@ class HardwareConfig(Section):
     mlp_tile_tokens: Count | None = Field(
         None, description="tokens that the MLP of a layer takes at one time; null = all of a batch"
     )
+    tiled_projections: Flag = Field(
+        False, description="have the norms and linear layers around attention take mlp_tile_tokens at one time, too"
+    )
     embedding_on_host: Flag = Field(
         False, description="keep the frozen table of input embeddings in RAM, not on the GPU"
     )

@@ -240,6 +240,22 @@ class ModelFamily(ABC):
         """
         return getattr(layer, "mlp", None)
 
+    def projections(self, layer: Any) -> Sequence[Any]:
+        """What maps each token by itself in a decoder layer, beside its MLP: its own norms, and linear layers.
+
+        A linear layer with an adapter stands for both. Norms within attention, which take heads, are left out.
+        """
+        from torch import nn
+
+        of_mlp = self.mlp(layer)
+        found = [child for child in layer.children() if type(child).__name__.endswith(("RMSNorm", "LayerNorm"))]
+        inside = set() if of_mlp is None else set(of_mlp.modules())
+        for module in layer.modules():
+            if module not in inside and (isinstance(module, nn.Linear) or hasattr(module, "base_layer")):
+                found.append(module)
+                inside |= set(module.modules())
+        return found
+
     def host_tables(self, model: Any) -> Sequence[Any]:
         """The tables of embeddings that `hardware.embedding_on_host` keeps on the host; only looked up by ids."""
         return [base_model(model).get_input_embeddings()]

@@ -36,6 +36,7 @@ from eightgig.train.image_features import FeatureCache, FeaturePlace, FedRun
 from eightgig.train.largest_batch import largest_training_batch
 from eightgig.train.memory_meter import MemoryMeter
 from eightgig.train.planning import FindCard, plan_memory
+from eightgig.train.positions import positions_note
 from eightgig.train.run import DataSets, Run
 from eightgig.train.run_folder import RunFolder
 from eightgig.train.tower_difference import measure_tower
@@ -113,6 +114,9 @@ def build_run(
     tower_on_host = config.hardware.cache_image_features  # it comes to the card if features are missing
     with tower_weights_kept(config, spec) as originals:
         loaded = load_model(config, spec, place.device, place.precision, tower_on_host=tower_on_host)
+    note = positions_note(config, spec, loaded.model.config, data.train_sizes)
+    if note is not None:
+        listener.on_message(note)
     attach_adapters(loaded, config)
     layers = adapted_layers(loaded.model)
     if layers:
