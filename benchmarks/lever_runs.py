@@ -21,7 +21,7 @@ from eightgig.config import HardwareConfig, TrainingConfig
 from eightgig.config.layers import nested
 from eightgig.core.errors import DoesNotFit
 from eightgig.data.batch import IGNORE_INDEX, MicroBatch
-from eightgig.memory.cached_tower import PIXELS, FedModel, tower_features
+from eightgig.memory.cached_tower import PIXELS, FedModel, tower_features, tower_of
 from eightgig.memory.cap import limit_allocator
 from eightgig.memory.device_use import device_use
 from eightgig.memory.host_copies import HostCopy, Transfers, transfers_of
@@ -281,7 +281,9 @@ class Prepared:
 def load(run: LeverRun, device: torch.device) -> LoadedModel:
     """The model of `run` with its adapters, as the trainer loads it."""
     config = run.config(device.type)
-    loaded = load_model(config, run.spec, device, choose_precision(config.hardware.mixed_precision, device))
+    precision = choose_precision(config.hardware.mixed_precision, device)
+    tower_on_host = config.hardware.cache_image_features
+    loaded = load_model(config, run.spec, device, precision, tower_on_host=tower_on_host)
     attach_adapters(loaded, config)
     return loaded
 
@@ -303,7 +305,8 @@ def random_batch(run: LeverRun, loaded: LoadedModel, *, seed: int = 1) -> MicroB
 
 
 def fed_batch(loaded: LoadedModel, compute: Compute, batch: MicroBatch) -> tuple[FedModel, MicroBatch]:
-    """The model with its tower off the card, and the batch with features in place of pixels."""
+    """The model with its tower off the card, to which it comes for this, and the batch with features, not pixels."""
+    tower_of(loaded.model, loaded.spec.family).to(compute.device)
     inputs = batch.to(compute.device, compute.input_dtype).model_inputs
     with compute.autocast():
         features = tower_features(loaded.model, loaded.spec.family, inputs).cpu()
