@@ -107,7 +107,7 @@ def _without_checkpointing(config: TrainingConfig) -> list[Clash]:
             other="hardware.gradient_checkpointing",
         )
         for name, neutral in settings.items()
-        if getattr(hardware, name) != neutral
+        if getattr(hardware.levers, name) != neutral
     ]
 
 
@@ -115,7 +115,7 @@ def _trained_on_host(config: TrainingConfig) -> list[Clash]:
     """Weights that are to stay in RAM although they are trained, or are not stored in 4 bits."""
     clashes = []
     method = config.training.method
-    if config.hardware.embedding_on_host and method is TrainingMethod.FULL:
+    if config.hardware.levers.embedding_on_host and method is TrainingMethod.FULL:
         clashes.append(
             Clash(
                 path=("hardware", "embedding_on_host"),
@@ -124,7 +124,7 @@ def _trained_on_host(config: TrainingConfig) -> list[Clash]:
                 other="training.method",
             )
         )
-    if config.hardware.streamed_layers and not config.training.quantization.load_in_4bit:
+    if config.hardware.levers.streamed_layers and not config.training.quantization.load_in_4bit:
         clashes.append(
             Clash(
                 path=("hardware", "streamed_layers"),

@@ -43,24 +43,24 @@ def levers_of(candidates: Candidates, changes: Mapping[str, Any]) -> tuple[Lever
 def _settings(found: Candidate, num_layers: int) -> Iterator[tuple[str, dict[str, object], str]]:
     """Levers that are settings in use: their name, the changes that leave them out, and what to say of them first."""
     config = found.config
-    hardware = config.hardware
-    if hardware.gradient_checkpointing:
-        twice = hardware.checkpointed_layers or num_layers
+    levers = config.hardware.levers
+    if config.hardware.gradient_checkpointing:
+        twice = levers.checkpointed_layers or num_layers
         without: dict[str, object] = {CHECKPOINTING: False, CHECKPOINTED_LAYERS: None, OFFLOAD: False}
         yield "gradient checkpointing", without, f"{twice} of {num_layers} layers are computed twice; "
-    if hardware.offload_layer_inputs:
+    if levers.offload_layer_inputs:
         pinned = format_bytes(_offloaded_bytes(found))
         yield "layer inputs on the host", {OFFLOAD: False}, f"{pinned} of the host's memory are pinned; "
-    if hardware.mlp_tile_tokens is not None:
-        yield f"MLP in tiles of {hardware.mlp_tile_tokens:,} tokens", {TILES: None}, ""
-    if hardware.cache_image_features:
+    if levers.mlp_tile_tokens is not None:
+        yield f"MLP in tiles of {levers.mlp_tile_tokens:,} tokens", {TILES: None}, ""
+    if levers.cache_image_features:
         yield "image features kept", {FEATURES: False}, ""
     if config.training.optimizer is not OptimizerName.ADAMW:
         yield "8-bit optimizer", {OPTIMIZER: OptimizerName.ADAMW.value}, ""
-    if hardware.embedding_on_host:
+    if levers.embedding_on_host:
         yield "embeddings in RAM", {EMBEDDING: False}, ""
-    if hardware.streamed_layers:
-        yield f"weights of {hardware.streamed_layers} layers in RAM", {STREAMED: 0}, ""
+    if levers.streamed_layers:
+        yield f"weights of {levers.streamed_layers} layers in RAM", {STREAMED: 0}, ""
     yield "loss in chunks", {CHUNK: WHOLE_LOSS_TOKENS}, ""
 
 

@@ -182,7 +182,7 @@ class Simulator:
         compute = replace(build_compute(config, CUDA, self._precision), device=CPU)
         step = build_step(config, spec, model, compute, num_steps=NUM_STEPS, optimizer_device=CUDA)
         keep_paged_states_on_host(step.optimizer, self._recorder)
-        if config.hardware.cache_image_features and work.batch.num_images:
+        if config.hardware.levers.cache_image_features and work.batch.num_images:
             with self._recorder:
                 trace.mark("features")
                 self._features = SimulatedFeatures(model, spec, work.batch, compute, self._recorder)

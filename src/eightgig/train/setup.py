@@ -155,7 +155,7 @@ def _fed(
     listener: TrainingListener,
 ) -> FedRun | None:
     """The model fed with kept features, those that were missing computed; None where `config` wants none."""
-    if not config.hardware.cache_image_features:
+    if not config.hardware.levers.cache_image_features:
         return None
     cache = FeatureCache(config, loaded, encoder, feature_place, listener)
     cache.fill((*data.train, *data.validation))
