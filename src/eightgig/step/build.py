@@ -78,7 +78,7 @@ def _checkpointed_layers(config: TrainingConfig, spec: ModelSpec, model: nn.Modu
         raise ConfigError(
             [Problem(CHECKPOINTED_LAYERS, str(wanted), f"at most the {len(layers)} decoder layers of {spec.name}")],
             source="checkpointing",
-            next_step=f"lower {CHECKPOINTED_LAYERS}, or leave it out to checkpoint all layers",
+            next_step=f"lower {CHECKPOINTED_LAYERS}, or set it to null to checkpoint all layers",
         )
     return layers[:wanted]
 
