@@ -34,6 +34,7 @@ PAGES = {
     "README.zh-CN.md": True,
     "docs/reference/plan_accuracy.md": False,
     "docs/reference/cards.md": False,
+    "docs/reference/levers.md": False,
 }
 """Pages with tables -> whether they are in Chinese."""
 MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -152,6 +153,8 @@ def table_rows(name: str) -> list[list[str]]:
         return PLANNED[name](_record("planned_runs"))
     if name == "longest_texts":
         return longest_rows(_record("longest_texts"))
+    if name == "lever_prices":
+        return lever_rows(read_records(name))
     if name in CARD_TABLES:
         return [list(row) for row in CARD_TABLES[name](_record("card_table")["figures"])]
     return record_rows(read_records(name))
@@ -319,6 +322,21 @@ def _came_through(run: Mapping[str, Any]) -> str:
     if run["ran"]:
         return f"ran, {format_bytes(run['reserved_bytes'])} reserved"
     return "ran out of memory" if run["ran_out_of_memory"] else "failed"
+
+
+def lever_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """What each lever saves and costs; one cell that says so where nothing is measured yet."""
+    if not records:
+        return [["not measured yet"]]
+    rows = [["model", "lever", "against", "saves", "of", "costs a step", "of", "moved a step"]]
+    for row in (row for record in records for row in record["figures"]["levers"]):
+        if row["without"] is None:
+            continue
+        of_bytes, of_s = row["allocated_bytes"] + row["saves_bytes"], row["step_s"] - row["costs_s"]
+        cells = [f"`{row['model']}`", row["lever"], row["without"]]
+        cells += [format_bytes(row["saves_bytes"]), format_bytes(of_bytes), f"{row['costs_s']:+.3f} s", f"{of_s:.3f} s"]
+        rows.append([*cells, format_bytes(row["moved_bytes"])])
+    return rows
 
 
 def source_rows(record: Mapping[str, Any]) -> list[list[str]]:

@@ -18,6 +18,8 @@ from tests.app.command_line import CommandLine
 from eightgig.app.training import resume
 from eightgig.config import TrainingConfig
 from eightgig.core.errors import ConfigError, DataError, DoesNotFit, UnsupportedModel
+from eightgig.memory import arrivals
+from eightgig.memory.cached_tower import tower_of
 from eightgig.models import tower_features as of_models
 from eightgig.train import image_features
 from eightgig.train.events import RunOutcome, SilentListener
@@ -126,6 +128,45 @@ def test_a_run_is_that_with_pixels_and_its_result_is_proved(
         assert fed.verification is not None
         assert fed.verification["relative_difference"] <= 1e-5
         assert fed.verification["adapter_effect"] > 1e-3
+
+
+def test_the_tower_comes_to_the_card_only_for_features_that_are_missing(
+    tiny_config: Config, run_training: Train, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the CPU in the place of both; the tower's weights are those that leave the card while it is loaded."""
+    arrived: list[Any] = []
+    monkeypatch.setattr(arrivals, "_to_host", arrived.append)
+    brought: list[str] = []
+    real = image_features.FeatureCache._bring_tower
+
+    def bring(self: Any) -> None:
+        tower = tower_of(self._loaded.model, self._loaded.spec.family)
+        assert {id(parameter) for parameter in tower.parameters()} == {id(parameter) for parameter in arrived}
+        brought.append("tower")
+        real(self)
+
+    monkeypatch.setattr(image_features.FeatureCache, "_bring_tower", bring)
+    config = tiny_config(data={"data_path": str(data), "num_workers": 0}, hardware=CACHED)
+    first = run_training(config, name="first")
+    assert brought == ["tower"]
+    arrived.clear()
+    later = run_training(config, name="later")
+    assert brought == ["tower"]
+    assert numbers(later.run_folder) == numbers(first.run_folder)
+    arrived.clear()
+    run_training(tiny_config(data={"data_path": str(data), "num_workers": 0}), name="pixels")
+    assert not arrived
+
+
+def test_no_room_for_the_tower_is_an_error_that_says_so(
+    tiny_config: Config, run_training: Train, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(image_features, "tower_of", full)
+    with pytest.raises(DoesNotFit, match="features of 1 images at a time"):
+        run_training(tiny_config(data={"data_path": str(data), "num_workers": 0}, hardware=CACHED))
 
 
 def test_the_command_trains_the_embedded_model_with_kept_features(eightgig: CommandLine, cache: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,6 +71,22 @@ def test_each_method_trains_and_its_result_loads_in_a_fresh_process(
     assert losses[-1] < losses[0]
     report = (outcome.run_folder / "report.html").read_text()
     assert f"{losses[-1]:.3g}"[:3] in report
+
+
+def test_samples_past_a_model_s_positions_train_and_are_told_of(
+    tiny_config: Config, run_training: Train, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "short"))
+    values = json.loads((folder / "config.json").read_text())
+    values["text_config"]["max_position_embeddings"] = 20
+    (folder / "config.json").write_text(json.dumps(values))
+    listener = _Recorder()
+    outcome = run_training(tiny_config(model={"name": str(folder)}, training={"max_steps": 2}), listener=listener)
+    assert len(_losses(outcome.run_folder)) == 2
+    assert sum("longer than the 20 tokens that" in message for message in listener.messages) == 1
+    silent = _Recorder()
+    run_training(tiny_config(training={"max_steps": 2}), name="long", listener=silent)
+    assert not any("longer than the" in message for message in silent.messages)
 
 
 def test_one_times_four_is_four_times_one(tiny_config: Config, run_training: Train) -> None:

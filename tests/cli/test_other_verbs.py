@@ -78,6 +78,18 @@ def test_inspect_prints_the_receipt(calls: Calls, capsys: pytest.CaptureFixture[
     assert calls.arguments == {"positional": ("llava-1.5-7b",), "random_weights_seed": 0}
 
 
+def test_inspect_says_what_a_tower_in_4_bits_changes(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    difference = {"num_images": 8, "mean_relative_error": 0.0312, "worst_relative_error": 0.047}
+    told = RECEIPT | {"tower_difference": difference | {"mean_cosine": 0.99951, "worst_cosine": 0.99889}}
+    calls.answer("inspection", "inspect", lambda **_: SimpleNamespace(to_json=lambda: told))
+    _, out, _ = run(capsys, "inspect", "runs/a")
+    assert out.endswith(
+        "The vision tower is in 4 bits: over 8 images of the data its features differ\n"
+        "from those in 16 bits by 3.12 % on average and 4.70 % at worst; their cosine is\n"
+        "0.9995 on average and 0.9989 at worst.\n"
+    )
+
+
 def test_inspect_as_json(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     calls.answer("inspection", "inspect", lambda **_: SimpleNamespace(to_json=lambda: RECEIPT))
     assert json.loads(run(capsys, "inspect", "runs/a", "--json")[1]) == RECEIPT

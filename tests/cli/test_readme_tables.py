@@ -22,6 +22,7 @@ NUM_TABLES = {
     "README.zh-CN.md": 7,
     "docs/reference/plan_accuracy.md": 6,
     "docs/reference/cards.md": 2,
+    "docs/reference/levers.md": 1,
 }
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -48,6 +49,32 @@ def test_the_tables_have_not_drifted(name: str, tables: ModuleType) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert text == tables.fill(text, chinese=tables.PAGES[name]), "run `python scripts/readme_tables.py`"
     assert len(tables.MARKED.findall(text)) == NUM_TABLES[name]
+
+
+def test_the_table_of_levers(tables: ModuleType) -> None:
+    def row(lever: str, without: str | None, *, mib: int, saves_mib: int | None, ms: int, costs_ms: int | None) -> Any:
+        return {
+            "model": "m",
+            "lever": lever,
+            "without": without,
+            "allocated_bytes": mib << 20,
+            "step_s": ms / 1000,
+            "saves_bytes": None if saves_mib is None else saves_mib << 20,
+            "costs_s": None if costs_ms is None else costs_ms / 1000,
+            "moved_bytes": 1 << 20,
+        }
+
+    measured = [
+        row("plain", None, mib=900, saves_mib=None, ms=500, costs_ms=None),
+        row("tiles", "plain", mib=600, saves_mib=300, ms=700, costs_ms=200),
+        row("features", "plain", mib=1000, saves_mib=-100, ms=450, costs_ms=-50),
+    ]
+    _, *rows = tables.lever_rows([record("lever_prices", {"levers": measured})])
+    assert rows == [
+        ["`m`", "tiles", "plain", "300.00 MiB", "900.00 MiB", "+0.200 s", "0.500 s", "1.00 MiB"],
+        ["`m`", "features", "plain", "-100.00 MiB", "900.00 MiB", "-0.050 s", "0.500 s", "1.00 MiB"],
+    ]
+    assert tables.lever_rows([]) == [["not measured yet"]]
 
 
 def planned_run(name: str, part: str, *, measured_mib: int, before_mib: int | None, now_mib: int) -> dict[str, Any]:

@@ -139,6 +139,14 @@ BAD_SETTINGS = {
             "false with hardware.gradient_checkpointing = false: no layer is recomputed",
         ),
     ),
+    "projections in tiles of no size": (
+        {"hardware": {"tiled_projections": True}},
+        Problem(
+            "hardware.tiled_projections",
+            "true",
+            "false with hardware.mlp_tile_tokens = null: it says how many tokens a tile has",
+        ),
+    ),
     "paging without a GPU": (
         {"hardware": {"device": "cpu"}, "training": {"optimizer": "paged_adamw_8bit"}},
         Problem(
@@ -158,6 +166,14 @@ BAD_SETTINGS = {
     "16-bit layers that are to be streamed": (
         {"hardware": {"streamed_layers": 4}, "training": {"method": "lora"}},
         Problem("hardware.streamed_layers", "4", "0 with training.method = lora: only 4-bit weights are streamed"),
+    ),
+    "a tower in 4 bits beside a language model in 16": (
+        {"training": {"method": "lora", "quantization": {"vision_tower": True}}},
+        Problem(
+            "training.quantization.vision_tower",
+            "true",
+            "false with training.method = lora: 4-bit weights are for method qlora",
+        ),
     ),
     "embeddings that are trained in RAM": (
         {"hardware": {"embedding_on_host": True}, "training": {"method": "full"}},

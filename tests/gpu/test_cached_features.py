@@ -151,6 +151,39 @@ def test_the_towers_bytes_leave_the_card_and_come_back(folder: Path, data: Path)
     assert next(tower_of(loaded.model, loaded.spec.family).parameters()).device == CUDA
 
 
+def test_a_tower_on_the_host_is_not_on_the_card_while_loading(folder: Path, data: Path) -> None:
+    config = config_of(folder, data)
+    precision = choose_precision(config.hardware.mixed_precision, CUDA)
+    peaks, towers = [], []
+    for tower_on_host in (False, True):
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(CUDA)
+        before = torch.cuda.memory_allocated(CUDA)
+        loaded = load_model(config, resolve(str(folder)), CUDA, precision, tower_on_host=tower_on_host)
+        peaks.append(torch.cuda.max_memory_allocated(CUDA) - before)
+        towers.append([parameter.cpu() for parameter in tower_of(loaded.model, loaded.spec.family).parameters()])
+        devices = {parameter.device.type for parameter in tower_of(loaded.model, loaded.spec.family).parameters()}
+        assert devices == {"cpu" if tower_on_host else "cuda"}
+        del loaded
+    assert peaks[0] - peaks[1] >= 0.9 * sum(parameter.numel() * parameter.element_size() for parameter in towers[0])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*towers, strict=True))
+
+
+def test_a_later_run_never_has_the_tower_on_the_card(folder: Path, data: Path, tmp_path: Path) -> None:
+    config = config_of(folder, data, cache_image_features=True)
+    first, later = (
+        train(config, run_folder=tmp_path / name, listener=SilentListener(), command="test")
+        for name in ("first", "later")
+    )
+    assert "features" in first.peak["phases"]
+    assert "features" not in later.peak["phases"]
+    assert later.peak["peak_allocated_bytes"] <= first.peak["peak_allocated_bytes"]
+    assert _losses(later) == pytest.approx(_losses(first), rel=2e-2)
+    assert later.verification is not None
+    assert later.verification["ok"]
+
+
 def test_a_run_takes_less_by_the_tower_and_learns_the_same(folder: Path, data: Path, tmp_path: Path) -> None:
     def run(name: str, **hardware: Any) -> RunOutcome:
         config = config_of(folder, data, **hardware)

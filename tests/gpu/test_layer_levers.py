@@ -34,6 +34,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "fewer checkpointed": {"checkpointed_layers": 3},
     "offload": {"offload_layer_inputs": True},
     "tiles": {"mlp_tile_tokens": 37},
+    "tiles of projections too": {"mlp_tile_tokens": 37, "tiled_projections": True},
     "tiles in whole layers": {"mlp_tile_tokens": 37, "gradient_checkpointing": False},
     "all": {"checkpointed_layers": 4, "offload_layer_inputs": True, "mlp_tile_tokens": 37},
 }

@@ -20,7 +20,7 @@ from eightgig import registry
 from eightgig.app.training import train
 from eightgig.config import MixedPrecision, TrainingConfig
 from eightgig.memory.checkpointing import checkpoint_layers
-from eightgig.memory.streaming import block_bytes, layer_places
+from eightgig.memory.packed_layers import block_bytes, layer_places
 from eightgig.models.adapters import attach_adapters
 from eightgig.models.load import LoadedModel, load_model
 from eightgig.models.precision import choose_precision
@@ -182,6 +182,10 @@ def _is_pinned(host: Tensor) -> bool:
     return torch.frombuffer(memory, dtype=torch.uint8).is_pinned()
 
 
+def _hosts(loaded: LoadedModel) -> list[Tensor]:
+    return [layer.block for layer in loaded.streamed._packed]
+
+
 @pytest.fixture(scope="module")
 def workspaces(folder: Path) -> None:
     """What libraries allocate in their first calls is there."""
@@ -217,7 +221,7 @@ def test_memory_falls_by_what_is_streamed_and_bytes_are_counted(folder: Path) ->
         assert before[moment] - after[moment] == pytest.approx(saved_bytes, abs=2**20)
     assert before["loading"] - after["loading"] >= saved_bytes - layer_bytes
     streamed = loaded.streamed
-    assert all(_is_pinned(host) for host in streamed._hosts)
+    assert all(_is_pinned(host) for host in _hosts(loaded))
     start_bytes = streamed.moved_bytes
     _gradient(loaded, num_passes=3)
     assert streamed.moved_bytes - start_bytes == 3 * 2 * saved_bytes
@@ -254,13 +258,13 @@ def test_memory_that_can_not_be_pinned_is_told_and_works(
     with caplog.at_level(logging.WARNING):
         ours = _loaded(folder, "fp32", streamed_layers=NUM_STREAMED)
     assert "can't be pinned" in caplog.text
-    assert not any(_is_pinned(host) for host in ours.streamed._hosts)
+    assert not any(_is_pinned(host) for host in _hosts(ours))
     assert max(_error(_gradient(ours)[1], expected).values()) < FP32_TOLERANCE
 
 
 def test_pinned_memory_is_given_back_with_the_weights(folder: Path) -> None:
     loaded = _loaded(folder, streamed_layers=NUM_STREAMED)
-    host = loaded.streamed._hosts[0]
+    host = _hosts(loaded)[0]
     assert _is_pinned(host)
     del loaded
     gc.collect()

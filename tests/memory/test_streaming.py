@@ -19,7 +19,8 @@ from eightgig import registry
 from eightgig.core.errors import ConfigError
 from eightgig.memory import arrivals
 from eightgig.memory.checkpointing import checkpoint_layers
-from eightgig.memory.streaming import StreamedWeights, block_bytes, layer_places, quantised_linears
+from eightgig.memory.packed_layers import PackedLayer, block_bytes, layer_places, quantised_linears
+from eightgig.memory.streaming import StreamedWeights
 from eightgig.memory.weight_ring import streamed_positions
 from eightgig.models import host_weights
 from eightgig.models.load import LoadedModel
@@ -229,40 +230,57 @@ def test_weights_leave_the_gpu_as_they_arrive(
     """On the CPU nothing has to move; what would be, and when, is the same."""
     arrived: list[Any] = []
     monkeypatch.setattr(arrivals, "_to_host", arrived.append)
-    tops: list[nn.Module] = []
+    tops: list[Any] = []
+    whole: list[nn.Module] = []
 
-    def wanted(model: Any) -> set[nn.Module]:
+    def wanted(model: Any) -> dict[nn.Module, list[nn.Module]]:
         tops.append(model)
-        layers = model.model.language_model.layers
-        return {*quantised_linears(layers[1]), *quantised_linears(layers[4]), model.get_input_embeddings()}
+        layers, table = model.model.language_model.layers, model.get_input_embeddings()
+        return {layers[1]: quantised_linears(layers[1]), layers[4]: quantised_linears(layers[4]), table: [table]}
 
-    with arrivals.to_host_as_they_arrive(wanted, CPU):
+    def when_whole(module: nn.Module) -> None:
+        whole.append(module)
+        parts = wanted(tops[0])[module]
+        assert {id(part.weight) for part in parts} == {id(parameter) for parameter in arrived[-len(parts) :]}
+
+    with arrivals.to_host_as_they_arrive(wanted, CPU, when_whole):
         loaded = load_tiny(folder, tiny_config({"model": {"random_weights_seed": random_weights_seed}}))
     nn.Embedding(3, 4)  # outside, nothing is noticed
-    assert tops == [loaded.model]
+    assert set(tops) == {loaded.model}
     layers = loaded.model.model.language_model.layers
+    table = loaded.model.get_input_embeddings()
+    assert [m for m in whole if m is not table] == [layers[1], layers[4]]
+    assert len(whole) == 3
     expected = [m.weight for i in (1, 4) for m in quantised_linears(layers[i])]
-    expected.append(loaded.model.get_input_embeddings().weight)
+    expected.append(table.weight)
     assert len(arrived) == 15
     assert {id(parameter) for parameter in arrived} == {id(parameter) for parameter in expected}
 
 
 @pytest.mark.parametrize("random_weights_seed", [None, 5])
-def test_what_a_config_keeps_in_ram_is_what_leaves_the_gpu(
+def test_what_a_config_keeps_in_ram_is_packed_layer_by_layer(
     folder: Path, random_weights_seed: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the CPU in the place of the GPU that weights arrive on."""
+    """When a layer is packed, the next one's weights have not been read; those of a checkpoint and random ones."""
     arrived: list[Any] = []
     monkeypatch.setattr(arrivals, "_to_host", arrived.append)
-    monkeypatch.setattr(
-        host_weights, "to_host_as_they_arrive", lambda wanted, _: arrivals.to_host_as_they_arrive(wanted, CPU)
-    )
-    model = {"random_weights_seed": random_weights_seed}
-    config = tiny_config({"model": model, "hardware": {"streamed_layers": 4, "embedding_on_host": True}})
-    spec = registry.resolve(str(folder))
-    with host_weights.leaving_the_gpu(config.hardware, spec, torch.device("cuda")):
-        loaded = load_tiny(folder, tiny_config({"model": model}))
+    num_arrived: list[int] = []
+
+    class Counted(PackedLayer):
+        def __init__(self, layer: nn.Module, device: torch.device) -> None:
+            super().__init__(layer, device)
+            num_arrived.append(sum(parameter.ndim == 2 and hasattr(parameter, "quant_state") for parameter in arrived))
+
+    monkeypatch.setattr(host_weights, "PackedLayer", Counted)
+    hardware = {"device": "cpu", "mixed_precision": "fp32", "streamed_layers": 4, "embedding_on_host": True}
+    sections = {"model": {"random_weights_seed": random_weights_seed}, "hardware": hardware}
+    loaded = load_tiny(folder, tiny_config(sections))
+    assert num_arrived == [7, 14, 21, 28]
     layers = [loaded.model.model.language_model.layers[i] for i in (1, 2, 4, 5)]
+    assert loaded.streamed is not None
+    assert [places[0].owner for places in (packed.places for packed in loaded.streamed._packed)] == [
+        quantised_linears(layer)[0].weight for layer in layers
+    ]
     expected = [linear.weight for layer in layers for linear in quantised_linears(layer)]
     expected.append(loaded.model.get_input_embeddings().weight)
     assert {id(parameter) for parameter in arrived} == {id(parameter) for parameter in expected}

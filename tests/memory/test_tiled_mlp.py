@@ -219,6 +219,45 @@ def test_a_model_in_4_bits(folder: Path, hardware: dict[str, object]) -> None:
     assert_as_exact_in_bf16(_tiny_outcome(folder, "bf16", mlp_tile_tokens=13, **hardware), plain, exact)
 
 
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_projections_of_a_model_in_4_bits(folder: Path, checkpoints: bool) -> None:
+    exact = _tiny_outcome(folder, "fp32", gradient_checkpointing=False)
+    levers = {"mlp_tile_tokens": 13, "tiled_projections": True, "gradient_checkpointing": checkpoints}
+    assert_close(_tiny_outcome(folder, "fp32", **levers), exact)
+    plain = _tiny_outcome(folder, "bf16", gradient_checkpointing=False)
+    assert_as_exact_in_bf16(_tiny_outcome(folder, "bf16", **levers), plain, exact)
+
+
+def test_projections_are_norms_and_each_linear_layer_outside_of_the_mlp(folder: Path) -> None:
+    loaded = load_tiny(folder, tiny_config(), adapters=True)
+    family = loaded.spec.family
+    layer = family.decoder_layers(loaded.model)[0]
+    names = {module: name for name, module in layer.named_modules()}
+    assert [names[module] for module in family.projections(layer)] == [
+        "input_layernorm",
+        "post_attention_layernorm",
+        *(f"self_attn.{name}_proj" for name in "qkvo"),
+    ]
+
+
+@settings(deadline=None, max_examples=20)
+@given(tokens=st.integers(1, 17), width=st.integers(1, 12), wide=st.integers(1, 20), tile=st.integers(1, 9))
+def test_a_linear_layer_may_change_the_width(tokens: int, width: int, wide: int, tile: int) -> None:
+    torch.manual_seed(tokens + width)
+    linear = nn.Linear(width, wide)
+    hidden = torch.randn(2, tokens, width, requires_grad=True)
+    gradient = torch.randn(2, tokens, wide)
+    wanted = [hidden, *linear.parameters()]
+    whole = linear(hidden)
+    expected = torch.autograd.grad(whole, wanted, gradient)
+    tile_mlps([linear], tile, preserve_rng_state=False)
+    tiled = linear(hidden)
+    torch.testing.assert_close(tiled, whole)
+    torch.testing.assert_close(torch.autograd.grad(tiled, wanted, gradient), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(hidden), whole)
+
+
 def test_a_family_whose_mlp_cannot_be_told_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelFamily, "mlp", lambda self, layer: None)
     with pytest.raises(ConfigError, match=r"hardware\.mlp_tile_tokens = 13: null: decoder layers of .* have no MLP"):

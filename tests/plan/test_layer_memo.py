@@ -85,7 +85,12 @@ def with_levers(folder: Path, **hardware: Any) -> TrainingConfig:
 
 @pytest.mark.parametrize(
     "hardware",
-    [{"checkpointed_layers": 2}, {"mlp_tile_tokens": 20}, {"gradient_checkpointing": False, "mlp_tile_tokens": 20}],
+    [
+        {"checkpointed_layers": 2},
+        {"mlp_tile_tokens": 20, "tiled_projections": True},
+        {"mlp_tile_tokens": 20},
+        {"gradient_checkpointing": False, "mlp_tile_tokens": 20},
+    ],
 )
 def test_a_model_with_levers_on_its_layers(hardware: dict[str, Any], tmp_path: Path) -> None:
     config = with_levers(tmp_path / "model", **hardware)

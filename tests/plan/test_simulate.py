@@ -177,6 +177,8 @@ def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
         {"offload_layer_inputs": True},
         {"offload_layer_inputs": True, "checkpointed_layers": 3, "mlp_tile_tokens": 20},
         {"mlp_tile_tokens": 50, "gradient_checkpointing": False},
+        {"mlp_tile_tokens": 20, "tiled_projections": True, "offload_layer_inputs": True},
+        {"mlp_tile_tokens": 50, "tiled_projections": True, "gradient_checkpointing": False},
         {"embedding_on_host": True},
         {"embedding_on_host": True, "gradient_checkpointing": False},
         {"streamed_layers": 3},
@@ -187,6 +189,13 @@ def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("every_size")
 def test_fake_tensors_take_what_real_ones_take(hardware: dict[str, Any], tmp_path: Path) -> None:
     config = settings_of(tmp_path / "model", **hardware)
+    assert simulated_growth(config) == growth_of_training(real_trace(config, resolve(config.model.name)))
+
+
+def test_a_tower_in_4_bits_takes_what_a_real_one_takes(tmp_path: Path) -> None:
+    config = settings_of(tmp_path / "model")
+    quantization = config.training.quantization.model_copy(update={"vision_tower": True})
+    config = config.model_copy(update={"training": config.training.model_copy(update={"quantization": quantization})})
     assert simulated_growth(config) == growth_of_training(real_trace(config, resolve(config.model.name)))
 
 
@@ -229,6 +238,18 @@ def test_the_smaller_the_tiles_the_less_a_layer_takes(tmp_path: Path) -> None:
         for tile in (None, 900, 600)
     ]
     assert peaks == sorted(set(peaks), reverse=True)
+
+
+@pytest.mark.usefixtures("every_size")
+@pytest.mark.parametrize("tile_tokens", [300, 600])
+def test_projections_in_tiles_take_less_than_mlps_alone(tile_tokens: int, tmp_path: Path) -> None:
+    """With texts so long that a layer takes more than a chunk of the loss."""
+    settings = {"max_length": 1500, "offload_layer_inputs": True, "mlp_tile_tokens": tile_tokens}
+    alone, with_them = (
+        max(simulated_growth(settings_of(tmp_path / f"{tiled}", tiled_projections=tiled, **settings)))
+        for tiled in (False, True)
+    )
+    assert with_them < alone
 
 
 def test_of_a_validation_only_the_workspaces_stay(tmp_path: Path) -> None:

@@ -311,7 +311,9 @@ def check_fp16(case: Case) -> None:
 def check_layer_levers(case: Case) -> None:
     """MLPs in tiles and layer inputs on the host leave the loss and every gradient as they are."""
     plain, _ = _with_levers(case, {"gradient_checkpointing": False})
-    levered, host_bytes = _with_levers(case, {"mlp_tile_tokens": 5, "offload_layer_inputs": True})
+    levered, host_bytes = _with_levers(
+        case, {"mlp_tile_tokens": 5, "tiled_projections": True, "offload_layer_inputs": True}
+    )
     assert_close(levered, plain)
     assert host_bytes > 0
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from tests.registry import family_checks as checks
 from tests.registry.family_checks import Case
+from torch import nn
 
 import tiny
 from eightgig import registry
@@ -18,6 +20,7 @@ from eightgig.core.errors import UnsupportedModel
 from eightgig.registry.processors import image_text_processor
 from tiny_families import llava
 from tiny_family import TinyFamily
+from tiny_training import load_tiny, tiny_config
 from unknown_families import build_glm4v, build_llava_next
 
 
@@ -40,6 +43,18 @@ def test_an_unknown_family_passes_the_checks_of_the_known_ones(case: Case, monke
     checks.check_reload(case, trained)
     checks.check_receipt(case, trained)
     checks.check_wrong_skip_list(case, monkeypatch)
+
+
+def test_only_the_blocks_of_its_tower_are_quantised_on_request(case: Case) -> None:
+    """Not the embedding of patches, nor what merges them."""
+    model = load_tiny(case.folder, tiny_config({"training": {"quantization": {"vision_tower": True}}})).model
+    tower = model.get_submodule(case.spec.family.modules.towers[0])
+    found = {path: type(module) for path, module in tower.named_modules() if isinstance(module, nn.Linear)}
+    in_blocks = {path for path in found if path.startswith(("blocks.", "encoder.layers."))}
+    assert in_blocks
+    assert {path for path, kind in found.items() if kind is Linear4bit} == in_blocks
+    if case.spec.facts.architecture["model_type"] == "glm4v":
+        assert {path.split(".")[0] for path in found.keys() - in_blocks} == {"merger"}
 
 
 def test_what_was_derived_is_said(case: Case) -> None:

@@ -75,6 +75,15 @@ def test_the_receipt_tells_what_is_4_bit(folder: Path) -> None:
     assert "Asked for: nf4 with double quantisation in the language model's linear layers, 16-bit elsewhere." in text
 
 
+def test_the_receipt_tells_what_a_tower_in_4_bits_changes(folder: Path) -> None:
+    assert "vision tower is in 4 bits" not in render(folder).text("receipt")
+    difference = {"num_images": 8, "mean_relative_error": 0.0312, "worst_relative_error": 0.047}
+    told = {"tower_difference": difference | {"mean_cosine": 0.99951, "worst_cosine": 0.99889}}
+    rewrite(folder, "receipt.json", RECEIPT | told)
+    said = "its features differ from those in 16 bits by 3.12 % on average and 4.70 % at worst"
+    assert said in render(folder).text("receipt")
+
+
 def test_the_receipt_of_a_16_bit_model_says_no(folder: Path) -> None:
     totals = {"num_parameters": 5000, "num_trainable": 0, "rows": RECEIPT["rows"][-1:]}
     rewrite(folder, "receipt.json", RECEIPT | totals)

@@ -45,6 +45,7 @@ def _other_values() -> Iterator[tuple[str, Any, bool]]:
     yield "hardware.checkpointed_layers", 3, False
     yield "hardware.offload_layer_inputs", True, False
     yield "hardware.mlp_tile_tokens", 512, False
+    yield "hardware", {"mlp_tile_tokens": 512, "tiled_projections": True}, False
     yield "hardware.cache_image_features", True, False
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eightgig.core.units import format_bytes
-from eightgig.report.wording import format_count
+from eightgig.report.wording import format_count, tower_difference_text
 
 _WIDTH_CHARACTERS = 80
 _HEADINGS = ("part", "parameters", "stored as", "4-bit", "at 16 bits", "now")
@@ -18,12 +18,18 @@ def receipt_lines(receipt: Mapping[str, Any]) -> list[str]:
     sizes = map(format_bytes, (receipt["bytes_16bit"], receipt["bytes_now"]))
     totals = ("total", format_count(receipt["num_parameters"]), "", "", *sizes)
     title = textwrap.wrap(f"{receipt['model']}, asked for {receipt['asked']}", _WIDTH_CHARACTERS)
-    return [*title, *_aligned([_HEADINGS, *map(_cells, receipt["rows"]), totals])]
+    return [*title, *_aligned([_HEADINGS, *map(_cells, receipt["rows"]), totals]), *_tower_lines(receipt)]
 
 
 def receipt_rows_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The receipt's rows alone, under their headings."""
     return _aligned([_HEADINGS, *map(_cells, rows)])
+
+
+def _tower_lines(receipt: Mapping[str, Any]) -> list[str]:
+    """How much a vision tower in 4 bits changes its features, where that was measured."""
+    difference = receipt.get("tower_difference")
+    return textwrap.wrap(tower_difference_text(difference), _WIDTH_CHARACTERS) if difference is not None else []
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:

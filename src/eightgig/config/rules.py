@@ -37,7 +37,9 @@ def contradictions(config: TrainingConfig) -> list[Clash]:
         *_against_preset(config),
         *_without_gpu(config),
         *_without_checkpointing(config),
+        *_without_tiles(config),
         *_trained_on_host(config),
+        *_tower_alone_in_4bit(config),
     ]
 
 
@@ -111,6 +113,20 @@ def _without_checkpointing(config: TrainingConfig) -> list[Clash]:
     ]
 
 
+def _without_tiles(config: TrainingConfig) -> list[Clash]:
+    """Projections in tiles, where no tile is said."""
+    if not config.hardware.tiled_projections or config.hardware.levers.mlp_tile_tokens is not None:
+        return []
+    return [
+        Clash(
+            path=("hardware", "tiled_projections"),
+            value=True,
+            allowed="false with hardware.mlp_tile_tokens = null: it says how many tokens a tile has",
+            other="hardware.mlp_tile_tokens",
+        )
+    ]
+
+
 def _trained_on_host(config: TrainingConfig) -> list[Clash]:
     """Weights that are to stay in RAM although they are trained, or are not stored in 4 bits."""
     clashes = []
@@ -134,3 +150,18 @@ def _trained_on_host(config: TrainingConfig) -> list[Clash]:
             )
         )
     return clashes
+
+
+def _tower_alone_in_4bit(config: TrainingConfig) -> list[Clash]:
+    """A tower in 4 bits below a language model in 16: far less of it would be saved than of the language model."""
+    training = config.training
+    if training.quantization.load_in_4bit or not training.quantization.vision_tower:
+        return []
+    return [
+        Clash(
+            path=("training", "quantization", "vision_tower"),
+            value=True,
+            allowed=f"false with training.method = {training.method.value}: 4-bit weights are for method qlora",
+            other="training.method",
+        )
+    ]

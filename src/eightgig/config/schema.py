@@ -66,6 +66,9 @@ class QuantizationConfig(Section):
     """How the frozen weights are stored."""
 
     load_in_4bit: Flag = Field(True, description="store the language model's linear layers in 4 bits")
+    vision_tower: Flag = Field(
+        False, description="store the vision tower's linear layers in 4 bits too; its features change a little"
+    )
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="the sixteen 4-bit values")
     bnb_4bit_use_double_quant: Flag = Field(True, description="quantise the block scales too")
     bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
@@ -159,6 +162,9 @@ class HardwareConfig(Section):
         AUTO,
         description="tokens that the MLP of a layer takes at one time; null = all of a batch, "
         "auto = fewer where the card needs it",
+    )
+    tiled_projections: Flag = Field(
+        False, description="have the norms and linear layers around attention take mlp_tile_tokens at one time, too"
     )
     embedding_on_host: AutoFlag = Field(
         AUTO,

@@ -67,10 +67,10 @@ def load(plan: ReloadPlan) -> tuple[Any, str]:
         return model.eval(), f"fresh process, {whose}: from_pretrained({plan.saved!r})"
     hardware = HardwareConfig(embedding_on_host=plan.embedding_on_host, streamed_layers=plan.streamed_layers)
     device = torch.device(plan.device)
-    with leaving_the_gpu(hardware, spec, device):
+    with leaving_the_gpu(hardware, spec, device) as packed:
         base, how = _load_base(plan, spec, whose, device)
     base.requires_grad_(False)
-    if keep_on_host(hardware, spec, base, device) is not None:
+    if keep_on_host(hardware, spec, base, device, packed) is not None:
         how += f", {plan.streamed_layers} of its layers streamed by EightGig"
     if plan.embedding_on_host:
         how += ", its embeddings looked up in RAM"

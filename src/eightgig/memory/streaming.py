@@ -2,49 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
-import bitsandbytes as bnb
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from eightgig.core.logging import get_logger
+from eightgig.memory.packed_layers import PackedLayer
 from eightgig.memory.weight_ring import NUM_SLOTS, WeightRing, follow
-
-ALIGNMENT_BYTES = 512  # of each tensor in a buffer: that of PyTorch's own allocator, on which kernels rely
-
-logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one tensor of a layer lies in the layer's block of bytes.
-
-    Attributes:
-        owner: what holds it: a 4-bit weight, or the quantisation state of one.
-        name: the attribute of `owner`.
-    """
-
-    owner: Any
-    name: str
-    offset_bytes: int
-
-    @property
-    def tensor(self) -> Tensor:
-        """The tensor itself."""
-        tensor: Tensor = getattr(self.owner, self.name)
-        return tensor
-
-    def view(self, block: Tensor) -> Tensor:
-        """The bytes of `block`, uint8 [bytes], that are this tensor's, in its dtype and shape."""
-        tensor = self.tensor
-        flat = block[self.offset_bytes : self.offset_bytes + tensor.numel() * tensor.element_size()]
-        return flat.view(tensor.dtype).view(tensor.shape)
 
 
 class StreamedWeights:
@@ -61,19 +26,25 @@ class StreamedWeights:
         ring_bytes: of the buffers.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], device: torch.device) -> None:
-        """Move the 4-bit weights of `layers` to the host, wherever they are now, and have them streamed to `device`.
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        device: torch.device,
+        packed: Mapping[nn.Module, PackedLayer] = MappingProxyType({}),
+    ) -> None:
+        """Have the 4-bit weights of `layers` streamed to `device` from host memory.
 
         Args:
             layers: in the order of their forward pass; other parameters of them must be on `device` already.
             device: on the CPU plain copies stand in for those of a GPU's side stream.
+            packed: those of `layers` whose weights are packed already; the others are packed here.
         """
         self.moved_bytes = 0
         self._device = device
         is_cuda = device.type == "cuda"
         self._side = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
-        places = [layer_places(layer) for layer in layers]
-        sizes = [block_bytes(each) for each in places]
+        self._packed = [packed[layer] if layer in packed else PackedLayer(layer, device) for layer in layers]
+        sizes = [each.block.numel() for each in self._packed]
         self.host_bytes = sum(sizes)
         self._slots = [
             torch.zeros(max(sizes), dtype=torch.uint8, device=device) for _ in range(min(NUM_SLOTS, len(layers)))
@@ -83,12 +54,13 @@ class StreamedWeights:
         for slot in self._slots:
             if self._side is not None:
                 slot.record_stream(self._side)
-        self._hosts = [self._packed(each, index) for index, each in enumerate(places)]
+        for index, each in enumerate(self._packed):
+            each.show(self._slots[index % len(self._slots)])
         follow(layers, WeightRing(len(layers), self))
 
     def start(self, layer: int, slot: int) -> None:
         """See `Carrier`."""
-        host = self._hosts[layer]
+        host = self._packed[layer].block
         target = self._slots[slot][: host.numel()]
         self.moved_bytes += host.numel()
         if self._side is None:
@@ -103,70 +75,3 @@ class StreamedWeights:
         """See `Carrier`."""
         if self._side is not None:
             torch.cuda.current_stream(self._device).wait_event(self._arrived[slot])
-
-    def _packed(self, places: Sequence[Place], index: int) -> Tensor:
-        """The block of a layer on the host; its parameters become views of its buffer, and give back what they held."""
-        host = self._pinned(block_bytes(places))
-        slot = self._slots[index % len(self._slots)]
-        for place in places:
-            place.view(host).copy_(place.tensor)
-            view = place.view(slot)
-            if isinstance(place.owner, nn.Parameter):
-                place.owner.on_host = True  # type: ignore[attr-defined]
-            setattr(place.owner, place.name, view)
-        return host
-
-    def _pinned(self, num_bytes: int) -> Tensor:
-        """Host memory that a GPU copies from by itself, uint8 [num_bytes]; pageable where it can't be had.
-
-        Registered with CUDA rather than taken from PyTorch's allocator, which rounds up to a power of two. It begins
-        and ends with a page, as what is registered twice is refused. `Tensor.is_pinned` is False even so: it asks for
-        the storage's first byte, which lies ahead of that page.
-        """
-        if self._side is None:
-            return torch.empty(num_bytes, dtype=torch.uint8)
-        size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        whole = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8)
-        begin = -whole.data_ptr() % mmap.PAGESIZE
-        pages = whole[begin : begin + size]
-        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        error = runtime.cudaHostRegister(pages.data_ptr(), size, 0)
-        if int(error) != 0:
-            logger.warning("%d bytes of streamed weights can't be pinned (%s): their copies are slow", num_bytes, error)
-            # CUDA keeps the error for whoever asks next: the launch of a kernel, which would seem to have failed.
-            with contextlib.suppress(RuntimeError):
-                torch.zeros(1, device=self._device)
-        else:
-            # Holds the memory until it is unregistered; at the end of the process the system does both.
-            weakref.finalize(self, _unregister, runtime, pages).atexit = False
-        return pages[:num_bytes]
-
-
-def quantised_linears(layer: nn.Module) -> list[nn.Module]:
-    """The 4-bit linear layers in `layer`."""
-    return [module for module in layer.modules() if isinstance(module, bnb.nn.Linear4bit)]
-
-
-def layer_places(layer: nn.Module) -> list[Place]:
-    """The tensors of `layer` that are streamed, one behind the other."""
-    places = []
-    offset_bytes = 0
-    for module in quantised_linears(layer):
-        weight: Any = module.weight
-        for owner, name in ((weight, "data"), (weight.quant_state, "absmax")):
-            places.append(Place(owner, name, offset_bytes))
-            offset_bytes += _aligned(places[-1].tensor)
-    return places
-
-
-def block_bytes(places: Sequence[Place]) -> int:
-    """What the tensors at `places` take together."""
-    return sum(_aligned(place.tensor) for place in places)
-
-
-def _aligned(tensor: Tensor) -> int:
-    return -(-tensor.numel() * tensor.element_size() // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-
-
-def _unregister(runtime: Any, pages: Tensor) -> None:
-    runtime.cudaHostUnregister(pages.data_ptr())

@@ -1,5 +1,6 @@
 """Long rows in tiles: a decoder layer's MLP is computed for some tokens at a time, so that the rest of its wide inner
-tensors never exist (ALST, arXiv 2506.13996, has it for whole rows over several cards).
+tensors never exist (ALST, arXiv 2506.13996, has it for whole rows over several cards). So can be the norms and linear
+layers around attention, whose adapters compute with fp32 copies of their input.
 
 The backward pass computes each tile again, forward and backward, before the next. In a layer that is checkpointed this
 costs nothing more: the MLP's input is kept ahead of its tiles (`memory.kept_tensors`), and computing the layer again
@@ -27,7 +28,7 @@ class _Tiling:
     """How one MLP is computed in tiles.
 
     Attributes:
-        forward: of the MLP, [1, tokens, hidden] to [1, tokens, hidden]; each token by itself.
+        forward: of the MLP, [1, tokens, hidden] to [1, tokens, any width]; each token by itself.
         tile_tokens: of one tile.
         preserve_rng_state: make the second pass draw the same random numbers.
     """
@@ -43,7 +44,8 @@ def tile_mlps(mlps: Sequence[nn.Module], tile_tokens: int, *, preserve_rng_state
     It acts in training and outside of it; a row of at most `tile_tokens` tokens goes through as it was.
 
     Args:
-        mlps: modules that map [..., tokens, hidden] to the same shape, each token by itself, and take nothing else.
+        mlps: modules that map [..., tokens, hidden] to [..., tokens, any width], each token by itself, and take
+            nothing else: MLPs, linear layers, norms.
         tile_tokens: at least 1.
         preserve_rng_state: make the second pass draw the same random numbers as the first; needed with dropout.
     """
@@ -70,10 +72,10 @@ def _tiled(mlp: nn.Module, tiling: _Tiling) -> Callable[..., Any]:
 
 
 def _in_tiles(tiling: _Tiling, hidden: Tensor) -> Tensor:
-    """The MLP's output, [..., tokens, hidden], put together from tiles; without a graph."""
+    """The MLP's output, [..., tokens, its width], put together from tiles; without a graph."""
     tiles = _split(hidden, tiling.tile_tokens)
     first = tiling.forward(tiles[0])
-    output: Tensor = first.new_empty(hidden.shape)
+    output: Tensor = first.new_empty((*hidden.shape[:-1], first.shape[-1]))
     parts = _split(output, tiling.tile_tokens)
     parts[0].copy_(first)
     del first

@@ -18,6 +18,7 @@ from torch import nn
 from eightgig.config import MixedPrecision, TrainingMethod
 from eightgig.core.errors import CheckpointError, DoesNotFit, UnsupportedModel
 from eightgig.core.logging import get_logger
+from eightgig.memory.cached_tower import tower_of
 from eightgig.memory.streaming import StreamedWeights
 from eightgig.models.fp32_islands import run_in_fp32
 from eightgig.models.host_weights import keep_on_host, leaving_the_gpu
@@ -65,12 +66,21 @@ class LoadedModel:
     streamed: StreamedWeights | None = None
 
 
-def load_model(config: TrainingConfig, spec: ModelSpec, device: torch.device, precision: Precision) -> LoadedModel:
+def load_model(
+    config: TrainingConfig,
+    spec: ModelSpec,
+    device: torch.device,
+    precision: Precision,
+    *,
+    tower_on_host: bool = False,
+) -> LoadedModel:
     """The base model in eval mode on `device`, quantised as configured, with its processor and a checked receipt.
 
     All parameters are frozen, except for full fine-tuning: there everything but the towers is trainable (they stay
     frozen, as in LLaVA's recipe; a projector inside one is trained), and the weights are bf16 where bf16 is computed in
     on a GPU, else fp32, because a gradient scaler needs fp32 gradients and a CPU gains nothing.
+
+    `tower_on_host`: the tower whose features are kept lies on the CPU, its weights having left `device` one by one.
 
     Raises:
         ConfigError: the configured image size does not suit the model, or what is to stay on the host can't.
@@ -84,7 +94,10 @@ def load_model(config: TrainingConfig, spec: ModelSpec, device: torch.device, pr
         spec.family.check_image_px(spec.facts, image_px)
     quantization = quantization_config(config, spec, device, precision)
     dtype = weight_dtype(config.training.method, device, precision)
-    with _explained_load_errors(config, spec, device), leaving_the_gpu(config.hardware, spec, device):
+    with (
+        _explained_load_errors(config, spec, device),
+        leaving_the_gpu(config.hardware, spec, device, with_tower=tower_on_host) as packed,
+    ):
         if config.model.random_weights_seed is not None:
             model = build_random(
                 spec,
@@ -96,8 +109,10 @@ def load_model(config: TrainingConfig, spec: ModelSpec, device: torch.device, pr
         else:
             model = _from_pretrained(config, spec, device, dtype, quantization)
         processor = load_processor(config, spec)
+    if tower_on_host:
+        tower_of(model, spec.family).to("cpu")  # its buffers, and what else of 4-bit weights has stayed
     prepare_model(model, processor, spec, config, dtype)
-    streamed = keep_on_host(config.hardware, spec, model, device)
+    streamed = keep_on_host(config.hardware, spec, model, device, packed)
     receipt = make_receipt(model, spec, config)
     receipt.check()
     return LoadedModel(model, processor, spec, receipt, precision, device, streamed)

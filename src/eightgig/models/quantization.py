@@ -11,6 +11,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from eightgig.config import MixedPrecision
+from eightgig.core.errors import ConfigError, Problem
 from eightgig.core.logging import get_logger
 from eightgig.models.precision import Precision, choose_precision
 
@@ -23,6 +24,8 @@ COMPUTE_DTYPES = {
     "float16": MixedPrecision.FP16,
     "float32": MixedPrecision.FP32,
 }
+
+TOWER_IN_4BIT = "training.quantization.vision_tower"
 
 logger = get_logger(__name__)
 
@@ -43,8 +46,32 @@ def quantization_config(
         bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=compute_dtype_4bit(settings.bnb_4bit_compute_dtype, device, precision),
-        llm_int8_skip_modules=list(spec.family.keep_16bit),
+        llm_int8_skip_modules=list(modules_kept_16bit(config, spec)),
     )
+
+
+def modules_kept_16bit(config: TrainingConfig, spec: ModelSpec) -> tuple[str, ...]:
+    """The modules that are never quantised, as patterns of their full paths.
+
+    Raises:
+        ConfigError: the vision tower is to be quantised, and no linear layer of it can be.
+    """
+    wants_tower = config.training.quantization.vision_tower
+    patterns = spec.family.kept_16bit(tower_in_4bit=wants_tower)
+    tower = spec.family.modules.towers[0]
+    if wants_tower and is_kept_16bit(tower, patterns):
+        raise ConfigError(
+            [Problem(TOWER_IN_4BIT, "true", f"false for {spec.name}: no linear layer of {tower} can be quantised")],
+            source="model",
+            next_step=f"set {TOWER_IN_4BIT} to false",
+        )
+    return patterns
+
+
+def tower_is_4bit(config: TrainingConfig, spec: ModelSpec) -> bool:
+    """Whether the vision tower's linear layers are stored in 4 bits: asked for, or always in this family."""
+    is_kept = is_kept_16bit(spec.family.modules.towers[0], modules_kept_16bit(config, spec))
+    return config.training.quantization.load_in_4bit and not is_kept
 
 
 def compute_dtype_4bit(name: str, device: torch.device, precision: Precision) -> torch.dtype:

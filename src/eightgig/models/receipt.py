@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from eightgig.core.errors import UnsupportedModel
-from eightgig.models.quantization import is_inside, is_kept_16bit
+from eightgig.models.quantization import is_inside, is_kept_16bit, modules_kept_16bit, tower_is_4bit
 from eightgig.registry.family import base_model
 
 if TYPE_CHECKING:
@@ -75,13 +75,35 @@ class Mismatch:
 
 
 @dataclass(frozen=True)
+class TowerDifference:
+    """How far the features of a vision tower in 4 bits are from those of the same tower in 16 bits.
+
+    Attributes:
+        num_images: images that were compared, each by itself.
+        mean_relative_error, worst_relative_error: norm of the difference over the norm in 16 bits, of an image.
+        mean_cosine, worst_cosine: between the two, of an image.
+    """
+
+    num_images: int
+    mean_relative_error: float
+    worst_relative_error: float
+    mean_cosine: float
+    worst_cosine: float
+
+
+@dataclass(frozen=True)
 class Receipt:
-    """What was loaded, part by part, and where that is not what was asked for."""
+    """What was loaded, part by part, and where that is not what was asked for.
+
+    Attributes:
+        tower_difference: of a run whose vision tower is in 4 bits, where its data has images; else None.
+    """
 
     model: str
     asked: str
     rows: tuple[ReceiptRow, ...]
     mismatches: tuple[Mismatch, ...]
+    tower_difference: TowerDifference | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -118,12 +140,14 @@ class Receipt:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Receipt:
-        """The receipt that `to_json` gave."""
+        """The receipt that `to_json` gave; older ones say nothing of the tower's features."""
+        difference = value.get("tower_difference")
         return cls(
             model=value["model"],
             asked=value["asked"],
             rows=tuple(ReceiptRow(**row) for row in value["rows"]),
             mismatches=tuple(Mismatch(**mismatch) for mismatch in value["mismatches"]),
+            tower_difference=None if difference is None else TowerDifference(**difference),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -163,7 +187,7 @@ def make_receipt(model: Any, spec: ModelSpec, config: TrainingConfig) -> Receipt
     rows = [_row(parts) for parts in keyed.values()]
     return Receipt(
         model=spec.name,
-        asked=_asked(config),
+        asked=_asked(config, spec),
         rows=tuple(sorted(rows, key=_order)),
         mismatches=tuple(_mismatches(model, spec, config)),
     )
@@ -261,12 +285,13 @@ def _row(parts: list[_Part]) -> ReceiptRow:
     )
 
 
-def _asked(config: TrainingConfig) -> str:
+def _asked(config: TrainingConfig, spec: ModelSpec) -> str:
     settings = config.training.quantization
     if not settings.load_in_4bit:
         return "no 4-bit weights"
     double = " with double quantisation" if settings.bnb_4bit_use_double_quant else ""
-    return f"{settings.bnb_4bit_quant_type}{double} in the language model's linear layers, 16-bit elsewhere"
+    tower = " and the vision tower's" if tower_is_4bit(config, spec) else ""
+    return f"{settings.bnb_4bit_quant_type}{double} in the language model's linear layers{tower}, 16-bit elsewhere"
 
 
 def _mismatches(model: Any, spec: ModelSpec, config: TrainingConfig) -> Iterator[Mismatch]:
@@ -274,11 +299,12 @@ def _mismatches(model: Any, spec: ModelSpec, config: TrainingConfig) -> Iterator
     wanted_4bit = settings.bnb_4bit_quant_type + (
         " with double quantisation" if settings.bnb_4bit_use_double_quant else ""
     )
+    kept = modules_kept_16bit(config, spec)
     for path, module in _modules(model):
         # PEFT's own layers wrap a linear that comes by itself; the adapters' linears are never quantised.
         if not isinstance(module, nn.Linear) or isinstance(module, BaseTunerLayer) or ".lora_" in path:
             continue
-        wants_4bit = settings.load_in_4bit and not is_kept_16bit(path, spec.family.keep_16bit)
+        wants_4bit = settings.load_in_4bit and not is_kept_16bit(path, kept)
         expected = wanted_4bit if wants_4bit else "unquantised"
         found = _format_of(module)
         if found != expected:

@@ -1,4 +1,4 @@
-"""Kept image features in a simulated run: computed with the tower on the card, which it leaves before training."""
+"""Kept image features in a simulated run: computed with the tower on the card, to which it comes for just that."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from eightgig.data.batch import MicroBatch
-from eightgig.memory.cached_tower import PIXELS, FedModel, rows_of_features, tower_features
+from eightgig.memory.cached_tower import PIXELS, FedModel, rows_of_features, tower_features, tower_of
+from eightgig.plan.categories import WEIGHTS_4BIT, WEIGHTS_16BIT
 from eightgig.plan.host_memory import HostBatch
 from eightgig.plan.parts import weight_tensors
 from eightgig.plan.recorder import Recorder
@@ -27,10 +28,14 @@ class SimulatedFeatures:
     """
 
     def __init__(self, model: Any, spec: ModelSpec, batch: MicroBatch, compute: Compute, recorder: Recorder) -> None:
-        """Run the tower of `model` on the images of `batch`, recorded, then free its weights in the record.
+        """Run the tower of `model` on the images of `batch`, recorded, its weights being on the card meanwhile.
 
-        The tower's tensors stay where they are, for the next run on the same fake model.
+        Its tensors are left out of the record (`HostWeights`), so their blocks are written down by themselves.
         """
+        blocks = [
+            recorder.ledger.alloc(tensor.untyped_storage().nbytes(), category)
+            for tensor, category in _weights(tower_of(model, spec.family))
+        ]
         with compute.autocast():
             inputs = HostBatch.of(batch).to(compute.device, compute.input_dtype).model_inputs
             features = tower_features(model, spec.family, inputs)
@@ -39,10 +44,8 @@ class SimulatedFeatures:
         self._features = _on_host(features, len(features), recorder)
         del features, inputs
         self.model = FedModel(model, spec.family)
-        for tensor in _weights(self.model.tower):
-            block = recorder.block_of(tensor)
-            if block is not None:
-                recorder.ledger.free(block)
+        for block in blocks:
+            recorder.ledger.free(block)
 
     @property
     def num_bytes(self) -> int:
@@ -64,6 +67,9 @@ def _on_host(like: Tensor, num_rows: int, recorder: Recorder) -> Tensor:
         return like.new_empty((num_rows, *like.shape[1:]))
 
 
-def _weights(tower: nn.Module) -> Iterator[Tensor]:
+def _weights(tower: nn.Module) -> Iterator[tuple[Tensor, str]]:
+    """The tensors of the tower's weights, with their categories."""
     for parameter in tower.parameters():
-        yield from weight_tensors(parameter)
+        is_4bit = getattr(parameter, "quant_state", None) is not None
+        for tensor in weight_tensors(parameter):
+            yield tensor, WEIGHTS_4BIT if is_4bit else WEIGHTS_16BIT

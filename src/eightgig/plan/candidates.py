@@ -1,4 +1,4 @@
-"""Variants of a run's settings, each simulated on the same fake model when it is first asked for."""
+"""Variants of a run's settings, each simulated when it is first asked for, on a fake model that many of them share."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ class Candidate(Placed):
 
 
 class Candidates:
-    """Variants of `config` that share its model: method, adapters, precision and image size stay."""
+    """Variants of `config` that share its model: method, adapters, precision and image size stay.
+
+    What the weights are stored as may differ: each way has a fake model of its own.
+    """
 
     def __init__(
         self,
@@ -59,8 +62,9 @@ class Candidates:
         self._workload_of = workload_of
         self._validates = False
         self._known: dict[tuple[tuple[str, Any], ...], Candidate | None] = {}
-        work = workload_of(config)
-        self._simulator = Simulator(config, spec, work.processor, planned_precision(config, gpu), capability_of(gpu))
+        self._spec = spec
+        self._simulators: dict[str, Simulator] = {}
+        self._simulator_of(config, workload_of(config))
 
     def with_validation(self) -> Candidates:
         """The same on the same model, but validation is simulated too, without which a variant may seem to fit."""
@@ -71,7 +75,7 @@ class Candidates:
     @property
     def num_decoder_layers(self) -> int:
         """Decoder layers of the model."""
-        return self._simulator.num_decoder_layers
+        return next(iter(self._simulators.values())).num_decoder_layers
 
     def get(self, changes: Changes) -> Candidate | None:
         """The variant with `changes`; None where they contradict settings that stay.
@@ -100,9 +104,21 @@ class Candidates:
 
     def _simulated(self, config: TrainingConfig) -> Candidate:
         work = self._workload_of(config)
-        simulation = self._simulator.run(config, work, validates=self._validates)
+        simulation = self._simulator_of(config, work).run(config, work, validates=self._validates)
         result, fits = place(simulation, config, self.gpu, self.budget_bytes)
         return Candidate(work, simulation, result, fits, time_of(simulation, config, work, self.rates), config)
+
+    def _simulator_of(self, config: TrainingConfig, work: Workload) -> Simulator:
+        """The model on which runs of `config` are simulated, built where it is the first that stores weights so.
+
+        Raises:
+            ConfigError: the model's weights can't be stored so.
+        """
+        stored = config.training.quantization.model_dump_json()
+        if stored not in self._simulators:
+            precision = planned_precision(config, self.gpu)
+            self._simulators[stored] = Simulator(config, self._spec, work.processor, precision, capability_of(self.gpu))
+        return self._simulators[stored]
 
 
 def with_changes(config: TrainingConfig, changes: Changes) -> TrainingConfig | None:

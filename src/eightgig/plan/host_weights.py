@@ -1,4 +1,7 @@
-"""Frozen weights of a simulated run that lie on the host: they are left out of the record, their transfers counted."""
+"""Frozen weights of a simulated run that lie on the host: they are left out of the record, their transfers counted.
+
+A tower whose features are kept is among them: it comes to the card for computing these (`plan.cached_features`).
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from eightgig.memory.streaming import block_bytes, layer_places
+from eightgig.memory.cached_tower import tower_of
+from eightgig.memory.packed_layers import block_bytes, layer_places
 from eightgig.memory.weight_ring import NUM_SLOTS, WeightRing, follow
 from eightgig.models.host_weights import host_tables, streamed_layers
 from eightgig.plan.categories import WEIGHTS_4BIT
 from eightgig.plan.op_costs import PREFETCH, OpCost
+from eightgig.plan.parts import weight_tensors
 from eightgig.plan.recorder import Recorder
 from eightgig.plan.trace import MemoryTrace
 
@@ -36,16 +41,23 @@ class HostWeights:
         self._layers = streamed_layers(config.hardware, spec, model)
         self._tables = host_tables(config.hardware, spec, model)
         self._sizes = [block_bytes(layer_places(layer)) for layer in self._layers]
+        self._tower: list[tuple[Any, list[Tensor]]] = []  # weights, and what of each was recorded on loading
+        if config.hardware.levers.cache_image_features:
+            for weight in tower_of(model, spec.family).parameters():
+                recorded = [tensor for tensor in weight_tensors(weight) if recorder.block_of(tensor) is not None]
+                self._tower += [(weight, recorded)] if recorded else []
 
     @property
     def host_bytes(self) -> int:
-        """What they take of the host's memory."""
+        """What they take of the host's memory, the tower left out."""
         tables_bytes: int = sum(value.numel() * value.element_size() for value in self._table_weights())
         return sum(self._sizes) + tables_bytes
 
     def tensors(self) -> Iterator[Tensor]:
         """The weights and scales that don't lie on the GPU once they are loaded."""
         yield from self._table_weights()
+        for _, tensors in self._tower:
+            yield from tensors
         for layer in self._layers:
             for place in layer_places(layer):
                 yield place.tensor
@@ -53,10 +65,12 @@ class HostWeights:
     def loading(self, loading: MemoryTrace) -> MemoryTrace:
         """A copy of the trace of loading everything onto the GPU, in which these weights leave it as they arrive."""
         freed: dict[int, list[int]] = {}
-        weights = [place.owner for layer in self._layers for place in layer_places(layer) if place.name == "data"]
-        for weight in (*self._table_weights(), *weights):
-            state = getattr(weight, "quant_state", None)
-            for tensor in (weight, *([] if state is None else [state.absmax])):
+        leaving: list[tuple[Any, list[Tensor]]] = [(weight, [weight]) for weight in self._table_weights()]
+        for layer in self._layers:
+            weights: list[Any] = [place.owner for place in layer_places(layer) if place.name == "data"]
+            leaving += [(weight, [weight, weight.quant_state.absmax]) for weight in weights]
+        for weight, tensors in (*leaving, *self._tower):
+            for tensor in tensors:
                 block = self._recorder.block_of(tensor)
                 assert block is not None
                 freed.setdefault(weight.arrived_event, []).append(block)

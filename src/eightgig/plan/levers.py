@@ -9,6 +9,7 @@ from typing import Any
 from eightgig.config import OptimizerName
 from eightgig.core.units import format_bytes
 from eightgig.models.host_weights import EMBEDDING, STREAMED
+from eightgig.models.quantization import TOWER_IN_4BIT
 from eightgig.plan.allocator import replay
 from eightgig.plan.candidates import Candidate, Candidates
 from eightgig.plan.op_costs import BESIDE, OpCost
@@ -90,6 +91,8 @@ def _settings(found: Candidate, num_layers: int) -> Iterator[tuple[str, dict[str
         yield "embeddings in RAM", {EMBEDDING: False}, ""
     if levers.streamed_layers:
         yield f"weights of {levers.streamed_layers} layers in RAM", {STREAMED: 0}, ""
+    if config.training.quantization.vision_tower:
+        yield "vision tower in 4 bits", {TOWER_IN_4BIT: False}, ""
     yield "loss in chunks", {CHUNK: WHOLE_LOSS_TOKENS}, ""
 
 

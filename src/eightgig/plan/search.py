@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from eightgig.config.levers import automatic_paths
 from eightgig.models.host_weights import EMBEDDING, STREAMED
+from eightgig.models.quantization import TOWER_IN_4BIT
 from eightgig.plan.candidates import Candidate, Candidates, Changes, WorkloadOf
 from eightgig.plan.card_rates import CardRates
 from eightgig.plan.chosen_levers import (
@@ -160,8 +161,8 @@ def _plan(request: Request, whole: Candidates, changes: Changes) -> Plan:
 
 
 def _alternatives(request: Request, candidates: Candidates) -> Iterator[Alternative]:
-    """What would fit, cheapest first: changes that cost time, then those that cost texts; each on top of the ones
-    before it that alone don't suffice, and with the levers that are left to the plan.
+    """What would fit, cheapest first: changes that cost time, then a tower in 4 bits, then those that cost texts; each
+    on top of the ones before it that alone don't suffice, and with the levers that are left to the plan.
     """
     changes: dict[str, object] = {}
     for change, price in _cheap_changes(request):
@@ -179,12 +180,28 @@ def _alternatives(request: Request, candidates: Candidates) -> Iterator[Alternat
             assert levers is not None
             yield _alternative(candidates, {**changes, STREAMED: streamed, **levers}, "their weights come from RAM")
             return
+    if _tower_in_4bit_saves(request, candidates, changes):
+        changes[TOWER_IN_4BIT] = True
+        levers = needed_levers(candidates, changes)
+        if levers is not None:
+            price = "the vision tower's features change a little; the run's receipt says how much"
+            yield _alternative(candidates, {**changes, **levers}, price)
+            return
     length = _longest_length(request, candidates, changes)
     if length is not None:
         shorter = {**changes, LENGTH: length}
         levers = needed_levers(candidates, shorter)
         assert levers is not None
         yield _alternative(candidates, {**shorter, **levers}, f"texts are cut at {length:,} tokens")
+
+
+def _tower_in_4bit_saves(request: Request, candidates: Candidates, changes: Changes) -> bool:
+    """Whether the run with `changes` takes less of the card with its vision tower in 4 bits, and is not so already."""
+    if request.config.training.quantization.vision_tower:
+        return False
+    changes = {**changes, **every_lever(candidates, changes)}
+    without, found = candidates.get(changes), candidates.get({**changes, TOWER_IN_4BIT: True})
+    return without is not None and found is not None and found.device_bytes < without.device_bytes
 
 
 def _cheap_changes(request: Request) -> Iterator[tuple[dict[str, object], str]]:

@@ -29,6 +29,7 @@ class _Tree:
     modules: ModulePaths
     lora_pattern: str
     keep_16bit: tuple[str, ...]
+    keep_16bit_in_tower: tuple[str, ...]
     num_language_linears: int
 
 
@@ -43,6 +44,7 @@ class DerivedFamily(ModelFamily):
         self.modules = tree.modules
         self.lora_pattern = tree.lora_pattern
         self.keep_16bit = tree.keep_16bit
+        self.keep_16bit_in_tower = tree.keep_16bit_in_tower
         self.image_placeholder = processor.image_placeholder
         self.end_of_turn = processor.end_of_turn
         self.image_layout = processor.image_layout
@@ -55,6 +57,10 @@ class DerivedFamily(ModelFamily):
         """The tower's own size where its config has one, else 0: not known."""
         size = (architecture.get("vision_config") or {}).get("image_size")
         return size if isinstance(size, int) else 0
+
+    def tower_features(self, model: Any, output: Any) -> Any:
+        """The tower's last hidden states, whichever of them the model reads."""
+        return output if hasattr(output, "shape") else output[0]
 
     def count_language_linears(self, architecture: Mapping[str, Any]) -> int:
         """As counted on the module tree."""
@@ -188,8 +194,25 @@ def _read_tree(model: Any, source: str) -> _Tree:
         modules=modules,
         lora_pattern=pattern,
         keep_16bit=tuple(map(re.escape, (*towers, *projectors, *others, lm_head))),
+        keep_16bit_in_tower=tuple(map(re.escape, _outside_blocks(model, towers[0]))),
         num_language_linears=sum(re.fullmatch(pattern, path) is not None for path in paths.values()),
     )
+
+
+def _outside_blocks(model: Any, tower: str) -> list[str]:
+    """Paths of the linear layers of `tower` that are not in a list of blocks: they embed patches, or pool.
+
+    Also those within that their module uses otherwise than by calling them. The tower itself where no others are left.
+    """
+    from torch import nn
+
+    inside: list[str] = []
+    outside: list[str] = []
+    for name, module in model.get_submodule(tower).named_modules():
+        if isinstance(module, nn.Linear):
+            is_plain = re.search(r"(^|\.)\d+\.", name) is not None and type(module) is nn.Linear
+            (inside if is_plain else outside).append(f"{tower}.{name}")
+    return outside if inside else [tower]
 
 
 def _linear_names(decoder: Any, source: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ class ModelFamily(ABC):
         lora_pattern: regular expression, matched in full against module paths: the language model's linear layers.
         keep_16bit: modules that are never quantised, each with all inside it: regular expressions, matched from the
             start of full paths as transformers matches `llm_int8_skip_modules`; the lm_head is always among them.
+        keep_16bit_in_tower: modules inside the first tower that stay 16-bit where that tower is in 4 bits: linear
+            layers that embed patches. Norms, convolutions, tables of positions and projectors need not be named.
         image_placeholder: what the chat template writes for one image.
         end_of_turn: the token that ends an answer.
         models: the published models known by name.
@@ -69,6 +72,7 @@ class ModelFamily(ABC):
     image_placeholder: str
     end_of_turn: str
     models: tuple[ModelFacts, ...]
+    keep_16bit_in_tower: tuple[str, ...] = ()
     chat_template: str | None = None
     template_arguments: Mapping[str, Any] = MappingProxyType({})
     reserved_texts: tuple[str, ...] = ()
@@ -116,6 +120,15 @@ class ModelFamily(ABC):
     def build_config(self, facts: ModelFacts) -> Any:
         """The transformers config, rebuilt from the facts alone."""
         return transformers_config(facts.architecture)
+
+    def kept_16bit(self, *, tower_in_4bit: bool) -> tuple[str, ...]:
+        """The modules that are never quantised, as `keep_16bit` names them; without the first tower's if it is."""
+        if not tower_in_4bit:
+            return self.keep_16bit
+        tower = self.modules.towers[0]
+        others = [pattern for pattern in self.keep_16bit if re.fullmatch(pattern, tower) is None]
+        inside = [re.escape(path) for path in self.modules.projectors if path.startswith(f"{tower}.")]
+        return (*others, *inside, *self.keep_16bit_in_tower)
 
     # Processor and images
 
@@ -226,6 +239,22 @@ class ModelFamily(ABC):
         None where the layer has none that takes hidden states alone: then it can't be computed in tiles.
         """
         return getattr(layer, "mlp", None)
+
+    def projections(self, layer: Any) -> Sequence[Any]:
+        """What maps each token by itself in a decoder layer, beside its MLP: its own norms, and linear layers.
+
+        A linear layer with an adapter stands for both. Norms within attention, which take heads, are left out.
+        """
+        from torch import nn
+
+        of_mlp = self.mlp(layer)
+        found = [child for child in layer.children() if type(child).__name__.endswith(("RMSNorm", "LayerNorm"))]
+        inside = set() if of_mlp is None else set(of_mlp.modules())
+        for module in layer.modules():
+            if module not in inside and (isinstance(module, nn.Linear) or hasattr(module, "base_layer")):
+                found.append(module)
+                inside |= set(module.modules())
+        return found
 
     def host_tables(self, model: Any) -> Sequence[Any]:
         """The tables of embeddings that `hardware.embedding_on_host` keeps on the host; only looked up by ids."""

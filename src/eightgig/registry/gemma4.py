@@ -181,6 +181,7 @@ class Gemma4Family(ModelFamily):
         r"model\.language_model\.layers\.\d+\.per_layer_projection",
         "lm_head",
     )
+    keep_16bit_in_tower = (r"model\.vision_tower\.patch_embedder",)
     image_placeholder = "<|image|>"
     end_of_turn = "<turn|>"
     models = (GEMMA_4_E2B, GEMMA_4_E4B)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eightgig.registry.facts import ImageLayout, ModelFacts, ModulePaths
-from eightgig.registry.family import ModelFamily
+from eightgig.registry.family import ModelFamily, base_model
 from eightgig.registry.processors import image_text_processor
 from eightgig.registry.standin import byte_level_tokenizer
 
@@ -265,6 +265,10 @@ class LlavaOnevisionFamily(ModelFamily):
             images = [_scaled_down(images[0], processor.image_processor, cap_px)]
         features: Mapping[str, Any] = processor.image_processor(images=[list(images)], return_tensors="pt")
         return features
+
+    def tower_features(self, model: Any, output: Any) -> Any:
+        """The hidden states of the layer that the projector gets: [tiles, patches, width]."""
+        return output.hidden_states[base_model(model).config.vision_feature_layer]
 
 
 def _scaled_down(image: Any, image_processor: Any, cap_px: int) -> Any:

@@ -16,7 +16,7 @@ from eightgig.report.view import (
     setting_sections,
     summary_tiles,
 )
-from eightgig.report.wording import format_count, format_share
+from eightgig.report.wording import format_count, format_share, tower_difference_text
 
 _NOT_YET_KNOWN: dict[str, Any] = {  # what run.json lacks of a run that ended early
     "status": "unknown",
@@ -51,6 +51,7 @@ def render_report(run: RunRecords) -> str:
         num_cards_left_out=num_cards_left_out,
         quarantine=quarantine_view(run),
         four_bit=_four_bit_headline(run),
+        tower_difference=_tower_difference(run),
     )
 
 
@@ -70,6 +71,12 @@ def _memory_part(run: RunRecords) -> dict[str, Any] | None:
         "card_bytes": card_bytes,
         "free_bytes": whole_bytes - total_bytes,
     }
+
+
+def _tower_difference(run: RunRecords) -> str | None:
+    """How much a vision tower in 4 bits changes its features; None where none is, or nothing was measured."""
+    difference = None if run.receipt is None else run.receipt.get("tower_difference")
+    return None if difference is None else tower_difference_text(difference)
 
 
 def _four_bit_headline(run: RunRecords) -> str | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import datetime
+from typing import Any
 
 
 def format_share(share: float | None) -> str:
@@ -43,3 +45,13 @@ def format_moment(moment: str | None) -> str:
         return f"{datetime.fromisoformat(moment):%Y-%m-%d %H:%M:%S %Z}".strip()
     except ValueError:
         return moment
+
+
+def tower_difference_text(difference: Mapping[str, Any]) -> str:
+    """How much a vision tower in 4 bits changes its features, from a receipt's `tower_difference`."""
+    mean, worst = difference["mean_relative_error"], difference["worst_relative_error"]
+    return (
+        f"The vision tower is in 4 bits: over {difference['num_images']} images of the data its features differ from "
+        f"those in 16 bits by {100 * mean:.2f} % on average and {100 * worst:.2f} % at worst; their cosine is "
+        f"{difference['mean_cosine']:.4f} on average and {difference['worst_cosine']:.4f} at worst."
+    )

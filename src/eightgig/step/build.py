@@ -40,7 +40,8 @@ def checkpoint_as_configured(config: TrainingConfig, spec: ModelSpec, model: nn.
 
 
 def tile_as_configured(config: TrainingConfig, spec: ModelSpec, model: nn.Module) -> None:
-    """Have the MLPs of the decoder layers of `model` take some tokens at a time where `config` asks for it.
+    """Have the MLPs of the decoder layers of `model`, and what is around attention, take some tokens at a time where
+    `config` asks for it.
 
     Raises:
         ConfigError: a layer has no MLP that could be told.
@@ -57,7 +58,9 @@ def tile_as_configured(config: TrainingConfig, spec: ModelSpec, model: nn.Module
             source="tiles",
             next_step=f"leave {MLP_TILE_TOKENS} out",
         )
-    tile_mlps(mlps, tile_tokens, preserve_rng_state=_has_dropout(config))
+    around = [each for layer in layers for each in spec.family.projections(layer)]
+    tiled = [*mlps, *around] if config.hardware.tiled_projections else mlps
+    tile_mlps(tiled, tile_tokens, preserve_rng_state=_has_dropout(config))
 
 
 def offload_as_configured(

@@ -1,7 +1,8 @@
-"""The image features of a run: the missing ones computed, the tower taken off the card, batches fed with features."""
+"""The image features of a run: missing ones computed, which is all the tower is for; batches fed with them."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 import time
@@ -24,7 +25,7 @@ from eightgig.data.image_features import ImageFeatures, image_key
 from eightgig.data.images import image_size
 from eightgig.data.quarantine import SampleProblem
 from eightgig.data.sample import ImagePart, Message, Sample, TextPart
-from eightgig.memory.cached_tower import PIXELS, FedModel, rows_of_features, tower_features
+from eightgig.memory.cached_tower import PIXELS, FedModel, rows_of_features, tower_features, tower_of
 from eightgig.models.load import LoadedModel
 from eightgig.models.tower_features import SETTING, check_tower_is_fixed, facts_key, tower_facts
 from eightgig.step.step import Compute
@@ -90,6 +91,8 @@ class FeatureCache:
     ) -> None:
         """Find the folder that belongs to the tower of `loaded`, the processor of `encoder`, and the numerics.
 
+        The tower may lie on the host. It comes to the device of `place` when features are missing, and only then.
+
         Raises:
             ConfigError, UnsupportedModel: the tower's features are not the same in every step.
         """
@@ -124,7 +127,7 @@ class FeatureCache:
             self._compute(own, missing)
 
     def feed(self) -> FedRun:
-        """Take the tower off the card, and its features in its place."""
+        """Have the model take features in place of pixels, and its tower off the card if it is there."""
         self.store.look(self._listener.on_message)  # other processes have written too
         fed = FedModel(self._loaded.model, self._loaded.spec.family)
         fed.tower.to("cpu")
@@ -137,6 +140,7 @@ class FeatureCache:
         encoder = Encoder(self._encoder.processor, self._encoder.family, max_length=ANY_LENGTH)
         pending: dict[str, StoredImage] = {}
         num_done, last_message = 0, time.monotonic()
+        self._bring_tower()
         for group in _groups(own, self._config.training.batch_size):
             computed = self._features_of(encoder, group)
             if not num_done:
@@ -151,22 +155,32 @@ class FeatureCache:
                 last_message = time.monotonic()
                 self._listener.on_message(f"image features: computed {num_done:,} of {len(own):,}")
 
-    def _features_of(self, encoder: Encoder, group: Sequence[tuple[str, ImagePart]]) -> dict[str, StoredImage]:
-        """The features of a few images, computed together, by key."""
-        family, processor = encoder.family, encoder.processor
-        encoded = [_encoded(encoder, part) for _, part in group]
-        batch = collate(encoded, encoder.pad_token_id, encoder.image_layout)
-        compute = self._place.compute
+    def _bring_tower(self) -> None:
+        """Have the tower on the device that computes."""
+        with self._explained(), self._place.meter.phase("features"):
+            tower_of(self._loaded.model, self._loaded.spec.family).to(self._place.compute.device)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
-            with self._place.meter.phase("features"), compute.autocast():
-                inputs = batch.to(compute.device, compute.input_dtype).model_inputs
-                features = tower_features(self._loaded.model, family, inputs).cpu()
+            yield
         except torch.OutOfMemoryError as error:
+            batch_size = self._config.training.batch_size
             raise DoesNotFit(
-                f"the GPU ran out of memory while the features of {len(group)} images were computed",
+                f"the GPU ran out of memory while the features of {batch_size} images at a time were computed",
                 expected="room for the model with its vision tower, before training",
                 next_step=f"lower training.batch_size or data.image_size, or set {SETTING} to false",
             ) from error
+
+    def _features_of(self, encoder: Encoder, group: Sequence[tuple[str, ImagePart]]) -> dict[str, StoredImage]:
+        """The features of a few images, computed together, by key."""
+        family, processor = encoder.family, encoder.processor
+        encoded = [encoded_image(encoder, part) for _, part in group]
+        batch = collate(encoded, encoder.pad_token_id, encoder.image_layout)
+        compute = self._place.compute
+        with self._explained(), self._place.meter.phase("features"), compute.autocast():
+            inputs = batch.to(compute.device, compute.input_dtype).model_inputs
+            features = tower_features(self._loaded.model, family, inputs).cpu()
         pixel_rows = [len(sample.image_inputs[PIXELS]) for sample in encoded]
         sizes = [rows_of_features(len(features), sum(pixel_rows), rows) for rows in pixel_rows]
         of_question = family.prompt_inputs(processor, QUESTION, 1)
@@ -230,8 +244,8 @@ def _images_by_key(samples: Iterable[Sample]) -> dict[str, ImagePart]:
     return {key: part for part, key in known.items()}
 
 
-def _encoded(encoder: Encoder, part: ImagePart) -> EncodedSample:
-    """A prompt with the image `part` alone."""
+def encoded_image(encoder: Encoder, part: ImagePart) -> EncodedSample:
+    """A prompt with the image `part` alone. Raises DataError where it can't be read any more."""
     message = Message("user", (part, TextPart(QUESTION)))
     return _or_data_error(part, functools.partial(encoder.encode_prompt, [message]))
 

@@ -25,6 +25,7 @@ from eightgig.models.least_memory import CONTEXT_BYTES
 from eightgig.models.load import LoadedModel, load_model, load_processor
 from eightgig.models.precision import Precision, choose_precision
 from eightgig.models.tower_features import check_features_can_be_kept
+from eightgig.models.tower_in_4bit import tower_weights_kept
 from eightgig.registry import ModelSpec, resolve
 from eightgig.step.build import (
     build_compute,
@@ -39,8 +40,10 @@ from eightgig.train.image_features import FeatureCache, FeaturePlace, FedRun
 from eightgig.train.largest_batch import largest_training_batch, num_image_tokens
 from eightgig.train.memory_meter import MemoryMeter
 from eightgig.train.planning import PlanDoors, Question, plan_run
+from eightgig.train.positions import positions_note
 from eightgig.train.run import DataSets, Run
 from eightgig.train.run_folder import RunFolder
+from eightgig.train.tower_difference import measure_tower
 
 Value = TypeVar("Value")
 
@@ -127,7 +130,12 @@ def build_run(
         config, planned = plan_run(config, question, doors.find_kept, folder, listener)
     config = place.as_main_process_has(config)
     listener.on_message(f"loading {spec.name}")
-    loaded = load_model(config, spec, place.device, place.precision)
+    tower_on_host = config.hardware.levers.cache_image_features  # it comes to the card if features are missing
+    with tower_weights_kept(config, spec) as originals:
+        loaded = load_model(config, spec, place.device, place.precision, tower_on_host=tower_on_host)
+    note = positions_note(config, spec, loaded.model.config, data.train_sizes)
+    if note is not None:
+        listener.on_message(note)
     attach_adapters(loaded, config)
     layers = adapted_layers(loaded.model)
     if layers:
@@ -135,7 +143,9 @@ def build_run(
         listener.on_message(f"adapters on {sum(layers.values())} layers: {kinds}")
     compute = build_compute(config, place.device, place.precision)
     meter = MemoryMeter(place.device)
-    fed = _fed(config, loaded, encoder, data, FeaturePlace(compute, meter, place.accelerator), listener)
+    feature_place = FeaturePlace(compute, meter, place.accelerator)
+    measure_tower(loaded, originals, encoder, data, feature_place, listener)
+    fed = _fed(config, loaded, encoder, data, feature_place, listener)
     tile_as_configured(config, spec, loaded.model)
     checkpoint_as_configured(config, spec, loaded.model)
     offload_as_configured(config, spec, loaded.model)
