@@ -84,6 +84,7 @@ def run_one(run: FullSizeRun, data: Path, work: Path, traces: Path | None) -> di
     command += ["--data", str(data), "--run-folder", str(folder), "--max-steps", str(NUM_STEPS)]
     for setting in (
         f"hardware.mixed_precision={run.precision}",
+        "hardware.checkpointed_layers=null",  # all, whatever room the card has
         "training.gradient_accumulation_steps=1",
         "data.val_fraction=0.25",
         "validation.num_generated=1",

@@ -84,7 +84,7 @@ def numbers_of(run: LeverRun, device: torch.device) -> dict[str, Tensor]:
     loaded = load(run, device)
     randomise_lora_b(loaded.model, seed=2)
     batch = random_batch(run, loaded)
-    if config.hardware.cache_image_features:
+    if config.hardware.levers.cache_image_features:
         _, batch = fed_batch(loaded, build_compute(config, device, loaded.precision), batch)
     prepared = prepare(run, loaded, batch)
     token_losses = _token_losses(prepared, config.training.loss_chunk_tokens)

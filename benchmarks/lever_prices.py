@@ -108,7 +108,7 @@ class Bench:
         config = run.config(self._device.type)
         pinned_before = link.transfers.host.num_bytes
         batch, fed = self._batch, None
-        if config.hardware.cache_image_features:
+        if config.hardware.levers.cache_image_features:
             fed, batch = fed_batch(loaded, build_compute(config, self._device, loaded.precision), batch)
         prepared = prepare(run, loaded, batch, link)
         others_bytes = sum(size for other, _, size in self._models.values() if other is not loaded)

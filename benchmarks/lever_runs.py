@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 from eightgig import registry
 from eightgig.config import HardwareConfig, TrainingConfig
 from eightgig.config.layers import nested
+from eightgig.config.levers import Levers
 from eightgig.core.errors import DoesNotFit
 from eightgig.data.batch import IGNORE_INDEX, MicroBatch
 from eightgig.memory.cached_tower import PIXELS, FedModel, tower_features, tower_of
@@ -95,7 +96,8 @@ class LeverRun:
             "hardware.device": device_type,
             "hardware.mixed_precision": self.precision,
             "hardware.cap_gib": self.cap_gib if on_gpu else None,
-            **{setting_path(name): value for name, value in self.levers.items()},
+            # No lever is left to the run's own plan: what is measured is what was asked for.
+            **{setting_path(name): value for name, value in (asdict(Levers()) | dict(self.levers)).items()},
         }
         if not on_gpu:
             values["training.optimizer"] = "adamw"
@@ -379,7 +381,7 @@ def measure(run: LeverRun, device: torch.device) -> dict[str, Any]:
         row["load_s"] = time.perf_counter() - started
         watch.end("load")
         batch = random_batch(run, loaded)
-        if config.hardware.cache_image_features:
+        if config.hardware.levers.cache_image_features:
             watch.begin()
             compute = build_compute(config, device, loaded.precision)
             _, batch = fed_batch(loaded, compute, batch)

@@ -29,7 +29,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from PIL import Image
 
 from eightgig import registry
 from eightgig.config import TrainingConfig
+from eightgig.config.levers import Levers
 from eightgig.config.loading import resolve, save_config
 from eightgig.core.units import GIB
 from eightgig.plan.plan import plan
@@ -87,6 +88,8 @@ class PlannedRun:
             "validation.num_generated": 1,
             "validation.max_new_tokens": 4,
             "data.num_workers": 1,
+            # No lever is left to the run's own plan: what is measured is what was planned.
+            **{f"hardware.{name}": value for name, value in asdict(Levers()).items()},
         }
         if self.settings.get("training.method") == "full":
             fixed = {key: value for key, value in fixed.items() if "lora" not in key}

@@ -24,8 +24,8 @@ from safetensors import safe_open
 from eightgig import registry
 from eightgig.cli.plan_matrix import card_rows, model_rows
 from eightgig.config import ConfigPresets
-from eightgig.core.units import MIB, format_bytes
-from eightgig.report.wording import format_count, format_duration, format_share
+from eightgig.core.units import MIB, format_bytes, format_duration
+from eightgig.report.wording import format_count, format_share
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -67,10 +67,12 @@ def tiny_config(tiny_model: Path, tiny_data: Path) -> Callable[..., TrainingConf
 
 @pytest.fixture
 def run_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunOutcome]:
-    """Train as a config says, in a new folder below the test's own.
+    """Train as a config says, in a new folder below the test's own, with a cache folder there too.
 
     The fresh process at the end takes most of a tiny run's time: it is left out where `is_proved` is not set.
     """
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(config: TrainingConfig, *, name: str = "run", is_proved: bool = False, **changes: Any) -> RunOutcome:
         if not is_proved:

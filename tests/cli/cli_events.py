@@ -23,6 +23,7 @@ PLAN: dict[str, Any] = {
     "breakdown": {"4-bit weights": 6 << 30, "CUDA context": 1 << 29},
     "phases": {"load": 5 << 30, "validate": 6 << 30, "train": 13 << 29, "save": 13 << 29},
     "host_bytes": 0,
+    "feature_bytes": 0,
     "workload": {
         "num_samples": 1,
         "num_images": 1,

@@ -289,7 +289,7 @@ def test_a_whole_run_from_loading_to_the_proof(
                 "model": {"name": str(paths[0]), "random_weights_seed": random_weights_seed},
                 "data": {"data_path": str(paths[1]), "num_workers": 0, "val_fraction": 0.2},
                 "training": {"gradient_accumulation_steps": 4, "max_steps": 6, "learning_rate": 5e-3},
-                "hardware": {"device": "cuda", "mixed_precision": "fp32", **hardware},
+                "hardware": {"device": "cuda", "mixed_precision": "fp32", "checkpointed_layers": None, **hardware},
                 "validation": {"num_generated": 1, "max_new_tokens": 4},
                 "checkpoints": {"every_steps": 3},
             }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.tiny import build_tiny_llava, write_llava_jsonl
 
 from eightgig.app.training import resume, train
 from eightgig.config import TrainingConfig
+from eightgig.config.levers import Levers
 from eightgig.core.errors import DoesNotFit
 from eightgig.train.events import RunOutcome, SilentListener
 
@@ -76,7 +78,9 @@ def test_the_categories_of_memory_add_up_to_the_peak(run: Callable[..., RunOutco
 def test_checkpointing_takes_less_memory_and_gives_the_same_loss(run: Callable[..., RunOutcome]) -> None:
     training = {"batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 2}
     kept = run(name="kept", training=training, hardware={"gradient_checkpointing": False})
-    recomputed = run(name="recomputed", training=training, hardware={"gradient_checkpointing": True})
+    recomputed = run(
+        name="recomputed", training=training, hardware={"gradient_checkpointing": True, "checkpointed_layers": None}
+    )
     assert recomputed.peak["peak_allocated_bytes"] < kept.peak["peak_allocated_bytes"]
     assert _losses(recomputed) == pytest.approx(_losses(kept), rel=2e-3)
 
@@ -84,7 +88,10 @@ def test_checkpointing_takes_less_memory_and_gives_the_same_loss(run: Callable[.
 def test_a_cap_that_is_too_small_says_what_does_not_fit(run: Callable[..., RunOutcome]) -> None:
     try:
         with pytest.raises(DoesNotFit, match=r"ran out of memory in step \d+|does not fit into the cap of 0\.06 GiB"):
-            run(hardware={"cap_gib": 0.06}, training={"batch_size": 8, "gradient_accumulation_steps": 1})
+            run(
+                hardware={"cap_gib": 0.06, **asdict(Levers())},
+                training={"batch_size": 8, "gradient_accumulation_steps": 1},
+            )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

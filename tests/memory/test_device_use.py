@@ -11,7 +11,7 @@ import pynvml
 import pytest
 import torch
 
-from eightgig.memory.device_use import DeviceUse, device_use
+from eightgig.memory.device_use import DeviceUse, device_use, used_by_others
 
 UUID = "1d2c0b5e-0000-0000-0000-00000000abcd"
 OTHER = SimpleNamespace(pid=os.getpid() + 1, usedGpuMemory=700)
@@ -54,3 +54,12 @@ def test_it_counts_this_process_alone(driver: Callable[[Any], None]) -> None:
 def test_without_that_it_counts_the_whole_card_and_says_so(driver: Callable[[Any], None], processes: Any) -> None:
     driver(processes)
     assert device_use(torch.device("cuda")) == DeviceUse(7000, 8000, counts_other_programs=True)
+
+
+def test_what_others_have_is_what_is_used_less_its_own(driver: Callable[[Any], None]) -> None:
+    assert used_by_others(torch.device("cpu"), 500) == 0
+    driver([OTHER, SimpleNamespace(pid=os.getpid(), usedGpuMemory=6300)])
+    assert used_by_others(torch.device("cuda"), 500) == 700
+    driver([OTHER])
+    assert used_by_others(torch.device("cuda"), 500) == 6500
+    assert used_by_others(torch.device("cuda"), 7500) == 0

@@ -14,14 +14,16 @@ from hypothesis import strategies as st
 from tests.tiny import build_tiny_llava
 
 from eightgig.config import TrainingConfig
+from eightgig.config.levers import settled
 from eightgig.core.errors import ConfigError
 from eightgig.core.units import MIB, format_bytes
 from eightgig.memory import layer_inputs
 from eightgig.plan.candidates import Candidates, with_changes
+from eightgig.plan.chosen_levers import TILE_TOKENS, fewest_streamed
 from eightgig.plan.fewer_checkpointed import smallest_fit
 from eightgig.plan.levers import _settings, levers_of
 from eightgig.plan.plan import Plan, plan
-from eightgig.plan.search import OFFLOAD, TILE_TOKENS, TILES, Request, _cheap_changes, _fewest_streamed, search
+from eightgig.plan.search import FEATURES, OFFLOAD, TILES, Request, _cheap_changes, search
 from eightgig.plan.workload import Workload, largest_workload
 from eightgig.registry import ModelSpec, resolve
 from eightgig.registry.family import base_model
@@ -53,6 +55,12 @@ def config(spec: ModelSpec) -> TrainingConfig:
             "validation": {"num_generated": 0},
         }
     )
+
+
+@pytest.fixture(scope="module")
+def pinned(config: TrainingConfig) -> TrainingConfig:
+    """The same, with every lever off by the user's own word."""
+    return settled(config)
 
 
 def card_of(budget_bytes: int) -> GpuFacts:
@@ -112,30 +120,30 @@ def test_a_preset_that_was_not_asked_for_need_not_be_kept(config: TrainingConfig
     assert kept.config["preset"] == "ultra_low_memory"
 
 
-def test_where_nothing_fits_it_offers_what_would(config: TrainingConfig, spec: ModelSpec, tried: list[Plan]) -> None:
+def test_where_nothing_fits_it_offers_what_would(pinned: TrainingConfig, spec: ModelSpec, tried: list[Plan]) -> None:
     smallest = min(planned.peak.device_bytes for planned in tried)
     budget_bytes = smallest - 2 * MIB
-    found = searched(config, spec, budget_bytes)
+    found = searched(pinned, spec, budget_bytes)
     assert found.fits is False
     assert found.alternatives
     for alternative in found.alternatives:
-        variant = with_changes(config, alternative.settings)
+        variant = with_changes(pinned, alternative.settings)
         assert variant is not None
         assert plan(variant, spec, card_of(budget_bytes), reserve_bytes=0).fits
         assert alternative.device_bytes <= budget_bytes
     longest = found.alternatives[-1].settings.get("data.max_length")
     if longest is not None:  # the next longer one that was in question does not fit
-        longer = with_changes(config, {**found.alternatives[-1].settings, "data.max_length": longest + 64})
+        longer = with_changes(pinned, {**found.alternatives[-1].settings, "data.max_length": longest + 64})
         assert longer is not None
         assert not plan(longer, spec, card_of(budget_bytes), reserve_bytes=0).fits
-    assert searched(config, spec, 300 * MIB).alternatives == ()  # less than the CUDA context
+    assert searched(pinned, spec, 300 * MIB).alternatives == ()  # less than the CUDA context
 
 
 def test_what_it_offers_instead_of_a_fixed_batch_keeps_the_samples_of_a_step(
-    config: TrainingConfig, spec: ModelSpec
+    pinned: TrainingConfig, spec: ModelSpec
 ) -> None:
-    wide = with_changes(config, {BATCH: 4, ACCUMULATION: 2})
-    narrow = with_changes(config, {BATCH: 1, ACCUMULATION: 8})
+    wide = with_changes(pinned, {BATCH: 4, ACCUMULATION: 2})
+    narrow = with_changes(pinned, {BATCH: 1, ACCUMULATION: 8})
     assert wide is not None
     assert narrow is not None
     needed_bytes = plan(narrow, spec, card_of(1 << 40), reserve_bytes=0).peak.device_bytes
@@ -145,8 +153,8 @@ def test_what_it_offers_instead_of_a_fixed_batch_keeps_the_samples_of_a_step(
     assert found.alternatives[0].device_bytes == needed_bytes
 
 
-def test_what_it_offers_fits_in_validation_too(config: TrainingConfig, spec: ModelSpec) -> None:
-    answering = config.model_copy(update={"validation": config.validation.model_copy(update={"num_generated": 4})})
+def test_what_it_offers_fits_in_validation_too(pinned: TrainingConfig, spec: ModelSpec) -> None:
+    answering = pinned.model_copy(update={"validation": pinned.validation.model_copy(update={"num_generated": 4})})
     wide = with_changes(answering, {BATCH: 4, ACCUMULATION: 1})
     assert wide is not None
     peak_bytes = plan(wide, spec, card_of(1 << 40), reserve_bytes=0).peak.device_bytes
@@ -223,10 +231,12 @@ def test_it_checkpoints_as_few_layers_as_fit_and_says_how_many(config: TrainingC
 def test_it_keeps_the_number_of_checkpointed_layers_that_the_user_gave(config: TrainingConfig, spec: ModelSpec) -> None:
     given = with_changes(config, {LAYERS: 4})
     assert given is not None
-    found = searched(given, spec, 1 << 40, fixed=(LAYERS,))
+    found = searched(given, spec, 1 << 40)
     assert found.config["hardware"]["checkpointed_layers"] == 4
     assert found.config["training"]["batch_size"] == NUM_SAMPLES
-    all_of_them = searched(config, spec, 1 << 40, fixed=(LAYERS, CHECKPOINTING))
+    every = with_changes(config, {LAYERS: None})
+    assert every is not None
+    all_of_them = searched(every, spec, 1 << 40, fixed=(CHECKPOINTING,))
     assert all_of_them.config["hardware"]["checkpointed_layers"] is None
 
 
@@ -251,14 +261,14 @@ def request_for(config: TrainingConfig, spec: ModelSpec) -> Request:
 
 
 def test_long_rows_are_offered_tiles_then_the_host_before_shorter_texts(
-    spec: ModelSpec, config: TrainingConfig
+    spec: ModelSpec, pinned: TrainingConfig
 ) -> None:
     def offered(**changes: Any) -> list[str]:
-        variant = with_changes(config, {"training.loss_chunk_tokens": 64, **changes})
+        variant = with_changes(pinned, {"training.loss_chunk_tokens": 64, **changes})
         assert variant is not None
         return [path for change, _ in _cheap_changes(request_for(variant, spec)) for path in change]
 
-    to_ram = ["training.optimizer", "hardware.embedding_on_host"]
+    to_ram = ["training.optimizer", "hardware.embedding_on_host", FEATURES]
     assert offered(**{"data.max_length": 2 * TILE_TOKENS}) == [TILES, OFFLOAD, *to_ram]
     assert offered(**{"data.max_length": 2 * TILE_TOKENS, TILES: 4 * TILE_TOKENS}) == [TILES, OFFLOAD, *to_ram]
     assert offered(**{"data.max_length": 2 * TILE_TOKENS, TILES: 100, OFFLOAD: True}) == to_ram
@@ -302,21 +312,26 @@ def test_where_nothing_else_fits_it_streams_as_few_layers_as_will_do(config: Tra
             return replace(found, fits=found.result.peak_allocated_bytes <= self.limit_bytes)
 
     candidates = Sized(config, spec, card_of(1 << 40), 1 << 40, lambda variant: largest_workload(variant, spec), None)
-    for limit_bytes, expected in ((allocated[5], 5), (allocated[4] - 1, 5), (allocated[3], 3), (allocated[6] - 1, 6)):
+    for limit_bytes, expected in (
+        (allocated[5], 5),
+        (allocated[4] - 1, 5),
+        (allocated[3], 3),
+        (allocated[6] - 1, None),
+    ):
         candidates.limit_bytes = limit_bytes
-        assert _fewest_streamed(candidates, cheaper) == expected
+        assert fewest_streamed(candidates, cheaper) == expected
 
 
 def test_a_model_that_can_not_keep_its_embedding_in_ram_is_not_offered_it(
-    config: TrainingConfig, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+    pinned: TrainingConfig, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def heads(family: Any, model: Any) -> list[Any]:
         return [base_model(model).lm_head]
 
     monkeypatch.setattr(type(spec.family), "host_tables", heads)
-    found = searched(config, spec, 900 * MIB)
+    found = searched(pinned, spec, 900 * MIB)
     assert all("hardware.embedding_on_host" not in each.settings for each in found.alternatives)
-    variant = with_changes(config, {"hardware.embedding_on_host": True})
+    variant = with_changes(pinned, {"hardware.embedding_on_host": True})
     assert variant is not None
     with pytest.raises(ConfigError, match="its head computes with the same table"):
         plan(variant, spec, None, reserve_bytes=0)

@@ -7,9 +7,9 @@ import math
 import pytest
 
 from eightgig.config import TrainingMethod
+from eightgig.core.units import format_duration
 from eightgig.report.wording import (
     format_count,
-    format_duration,
     format_method,
     format_moment,
     format_number,

@@ -18,7 +18,7 @@ from eightgig.plan.search import longest_fit
 from eightgig.plan.simulate import Simulator
 from eightgig.plan.workload import largest_workload
 from eightgig.registry import ModelSpec, all_specs
-from eightgig.registry.gpus import GpuFacts, all_gpus, get_gpu
+from eightgig.registry.gpus import RESERVE_GIB, GpuFacts, all_gpus, get_gpu
 from eightgig.train.planning import UNPLANNABLE, reason
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 LADDER_TOKENS = (256, 512, 1024, 2048, 4096, 8192)
 COMMON_TOKENS = 512  # the length at which speeds are compared: that of the preset
-RESERVE_GIB = 0.4  # the default of `eightgig plan`: what a desktop takes of a card
 REFERENCE_GPU = "A100 80GB SXM"
 
 logger = get_logger(__name__)

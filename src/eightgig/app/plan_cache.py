@@ -68,6 +68,29 @@ def plan_key(
     }
 
 
+class _KeptPlan:
+    """The place of one plan among those kept; none where `key` is None."""
+
+    def __init__(self, key: dict[str, Any] | None) -> None:
+        self._key = key
+
+    def get(self) -> dict[str, Any] | None:
+        """The plan that was kept, if any."""
+        kept = None if self._key is None else plan_cache().get(self._key)
+        return kept if isinstance(kept, dict) else None
+
+    def put(self, planned: dict[str, Any]) -> None:
+        """Keep `planned`."""
+        if self._key is not None:
+            plan_cache().put(self._key, planned)
+
+
+def kept_training_plan(config: TrainingConfig, gpu: GpuFacts, reserve_bytes: int, read: ReadData) -> _KeptPlan:
+    """Where the plan is kept that a run of `config` on `gpu` makes of itself; see `train.planning.KeptPlan`."""
+    key = plan_key(config, gpu=gpu, driver=None, reserve_bytes=reserve_bytes, read=read)
+    return _KeptPlan(None if key is None else {**key, "asked_by": "train"})
+
+
 def _hub_mark(name: str) -> str | None:
     """Which copy of a registry model's repository is on this machine: with data, its tokenizer counts."""
     if name.strip().lower() in PACKAGED_MODELS or not is_known(name):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
-from accelerate.utils import broadcast_object_list
-
 from eightgig.app.finishing import finish
+from eightgig.app.plan_cache import kept_training_plan
 from eightgig.app.run_facts import facts_at_start, now_utc
 from eightgig.checkpoint.retention import newest_sound_checkpoint
 from eightgig.config import TrainingConfig, load_config, save_config
+from eightgig.config.levers import AUTO, automatic_paths
 from eightgig.core.errors import CheckpointError, DoesNotFit, EightGigError, EnvironmentProblem
 from eightgig.core.files import write_json
 from eightgig.data.loader import StepLoader, WorkerSettings
@@ -22,7 +23,7 @@ from eightgig.train.events import RunOutcome, RunStart, SilentListener, Training
 from eightgig.train.fingerprint import fingerprint
 from eightgig.train.journal import Journal
 from eightgig.train.loop import TrainingLoop
-from eightgig.train.planning import FindCard
+from eightgig.train.planning import FindCard, PlanDoors
 from eightgig.train.run import Run
 from eightgig.train.run_folder import RunFolder
 from eightgig.train.saving import Saver, resume_from_checkpoint
@@ -98,7 +99,7 @@ def resume(
         folder.update_facts(status="running", command=command)
     with _StatusKept(folder, place):
         run, told = _prepare(config, place, folder, listener, find_card)
-        marks = fingerprint(config, run.data.fingerprint, run.trainable)
+        marks = fingerprint(run.config, run.data.fingerprint, run.trainable)
         steps_done = resume_from_checkpoint(run, checkpoint, marks)
         if place.accelerator.is_main_process:
             folder.forget_after(steps_done)
@@ -107,13 +108,12 @@ def resume(
 
 def _new_folder(config: TrainingConfig, wanted: Path | None, place: Place) -> RunFolder:
     """The run's folder: made by the main process, told to the others."""
-    path: list[Path | None] = [None]
+    path = wanted
     if place.accelerator.is_main_process:
-        path = [RunFolder.create(wanted, output_dir=config.output_dir, model_name=config.model.name).path]
-    if place.accelerator.num_processes > 1:
-        broadcast_object_list(path)
-    assert path[0] is not None
-    return RunFolder(path[0])
+        path = RunFolder.create(wanted, output_dir=config.output_dir, model_name=config.model.name).path
+    path = place.as_main_process_has(path)
+    assert path is not None
+    return RunFolder(path)
 
 
 @dataclass(frozen=True)
@@ -141,11 +141,22 @@ def _prepare(
     config: TrainingConfig, place: Place, folder: RunFolder, listener: TrainingListener, find_card: FindCard
 ) -> tuple[Run, TrainingListener]:
     told: TrainingListener = listener if place.accelerator.is_main_process else SilentListener()
-    run = build_run(config, place, folder, told, find_card)
+    run = build_run(config, place, folder, told, PlanDoors(find_card, kept_training_plan))
     if place.accelerator.is_main_process:
+        _keep_chosen(config, run.config, folder)
         write_json(folder.receipt, run.loaded.receipt.to_json())
         folder.update_facts(**facts_at_start(run))
     return run, told
+
+
+def _keep_chosen(given: TrainingConfig, chosen: TrainingConfig, folder: RunFolder) -> None:
+    """Write what was chosen for the levers that `given` leaves to the plan, so that the run goes on with the same."""
+    paths = automatic_paths(given)
+    if not paths:
+        return
+    save_config(chosen, folder.config)
+    sources = json.loads(folder.sources.read_text(encoding="utf-8")) if folder.sources.is_file() else {}
+    write_json(folder.sources, {**sources, **dict.fromkeys(sorted(paths), AUTO)})
 
 
 def _run_to_the_end(run: Run, folder: RunFolder, listener: TrainingListener, *, steps_done: int) -> RunOutcome:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from eightgig.core.units import format_bytes
-from eightgig.report.wording import format_count, format_duration, format_method, format_number, format_share
+from eightgig.core.units import format_bytes, format_duration
+from eightgig.report.wording import format_count, format_method, format_number, format_share
 
 if TYPE_CHECKING:
     from eightgig.train.events import RunStart

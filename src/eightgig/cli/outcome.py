@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from eightgig.cli.session import is_main_process
-from eightgig.core.units import format_bytes
-from eightgig.report.wording import format_duration, format_number, format_share
+from eightgig.core.units import format_bytes, format_duration
+from eightgig.report.wording import format_number, format_share
 
 if TYPE_CHECKING:
     from eightgig.app.demonstration import DemoOutcome

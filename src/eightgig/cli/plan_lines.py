@@ -7,8 +7,10 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from eightgig.core.units import format_bytes
-from eightgig.report.wording import format_duration, format_method
+from eightgig.config.values import shown
+from eightgig.core.units import format_bytes, format_duration
+from eightgig.plan.wording import trade_words
+from eightgig.report.wording import format_method
 
 WIDTH_CHARACTERS = 80
 _CATEGORY_CHARACTERS = 26
@@ -137,7 +139,7 @@ def _lever_lines(levers: list[Mapping[str, Any]]) -> Iterator[str]:
     yield ""
     yield "chosen for this card:"
     for lever in levers:
-        text = f"{lever['name']}: {_trade(lever['saves_bytes'], lever['costs_s'])}; {lever['reason']}"
+        text = f"{lever['name']}: {trade_words(lever['saves_bytes'], lever['costs_s'])}; {lever['reason']}"
         yield from textwrap.wrap(
             text, WIDTH_CHARACTERS, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
         )
@@ -150,7 +152,7 @@ def _alternative_lines(alternatives: list[Mapping[str, Any]]) -> Iterator[str]:
         return
     yield "what would fit:"
     for alternative in alternatives:
-        settings = " ".join(f"--set {path}={value}" for path, value in alternative["settings"].items())
+        settings = " ".join(f"--set {path}={shown(value)}" for path, value in alternative["settings"].items())
         step = "" if alternative["step_s"] is None else f", {format_duration(alternative['step_s'])} a step"
         yield f"  {settings}"
         yield from textwrap.wrap(
@@ -159,16 +161,6 @@ def _alternative_lines(alternatives: list[Mapping[str, Any]]) -> Iterator[str]:
             initial_indent="    ",
             subsequent_indent="    ",
         )
-
-
-def _trade(saves_bytes: int, costs_s: float | None) -> str:
-    """What a lever does to memory and to the time of a step; either may be for the worse, or for the better."""
-    memory = f"{'saves' if saves_bytes >= 0 else 'takes'} {format_bytes(abs(saves_bytes))}"
-    if costs_s is None:
-        return memory
-    if costs_s == 0:
-        return f"{memory}, costs no time"
-    return f"{memory}, {'costs' if costs_s > 0 else 'saves'} {format_duration(abs(costs_s))} a step"
 
 
 def _time_lines(time: Mapping[str, Any] | None) -> Iterator[str]:

@@ -6,10 +6,23 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    TypeAdapter,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
+
+from eightgig.config.levers import AUTO
 
 UNKNOWN_KEY = "unknown_key"  # the pydantic error type that `messages` knows
 MIN_STREAMED_LAYERS = 3  # one more than `memory.weight_ring` keeps on the GPU
@@ -59,6 +72,19 @@ def _check_streamed(num_layers: int) -> int:
     return num_layers
 
 
+def _or_auto(kind: Any) -> WrapValidator:
+    """Checks a value that is not "auto" as one of `kind` alone.
+
+    Of a plain union pydantic reports one error for each of its kinds, each at a path that no setting has.
+    """
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
+
+    def checked(value: Any, _: ValidatorFunctionWrapHandler) -> Any:
+        return value if isinstance(value, str) and value == AUTO else adapter.validate_python(value)
+
+    return WrapValidator(checked)
+
+
 _FromText = BeforeValidator(_number_from_text)
 
 # Strict, so that True is no 1, "8" no 8 and "yes" no True.
@@ -66,6 +92,9 @@ Flag = Annotated[bool, Strict()]
 Count = Annotated[int, Strict(), Field(ge=1)]
 CountOrZero = Annotated[int, Strict(), Field(ge=0)]
 StreamedLayers = Annotated[CountOrZero, AfterValidator(_check_streamed)]
+AutoFlag = Annotated[Flag | Literal["auto"], _or_auto(Flag)]
+AutoCount = Annotated[Count | Literal["auto"] | None, _or_auto(Count | None)]
+AutoStreamedLayers = Annotated[StreamedLayers | Literal["auto"], _or_auto(StreamedLayers)]
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**63)]  # as wide as what `core.seeds` derives
 Rank = Annotated[int, Strict(), Field(ge=1, le=1024)]
 ImageSide = Annotated[int, Strict(), Field(ge=14, le=8192)]  # px; no family's patches are smaller than 14 px

@@ -109,13 +109,13 @@ def _without_checkpointing(config: TrainingConfig) -> list[Clash]:
             other="hardware.gradient_checkpointing",
         )
         for name, neutral in settings.items()
-        if getattr(hardware, name) != neutral
+        if getattr(hardware.levers, name) != neutral
     ]
 
 
 def _without_tiles(config: TrainingConfig) -> list[Clash]:
     """Projections in tiles, where no tile is said."""
-    if not config.hardware.tiled_projections or config.hardware.mlp_tile_tokens is not None:
+    if not config.hardware.tiled_projections or config.hardware.levers.mlp_tile_tokens is not None:
         return []
     return [
         Clash(
@@ -131,7 +131,7 @@ def _trained_on_host(config: TrainingConfig) -> list[Clash]:
     """Weights that are to stay in RAM although they are trained, or are not stored in 4 bits."""
     clashes = []
     method = config.training.method
-    if config.hardware.embedding_on_host and method is TrainingMethod.FULL:
+    if config.hardware.levers.embedding_on_host and method is TrainingMethod.FULL:
         clashes.append(
             Clash(
                 path=("hardware", "embedding_on_host"),
@@ -140,7 +140,7 @@ def _trained_on_host(config: TrainingConfig) -> list[Clash]:
                 other="training.method",
             )
         )
-    if config.hardware.streamed_layers and not config.training.quantization.load_in_4bit:
+    if config.hardware.levers.streamed_layers and not config.training.quantization.load_in_4bit:
         clashes.append(
             Clash(
                 path=("hardware", "streamed_layers"),

@@ -17,6 +17,9 @@ from eightgig.config import method as training_method
 from eightgig.config.clash import raise_clashes
 from eightgig.config.enums import MixedPrecision, OptimizerName, TrainingMethod
 from eightgig.config.fields import (
+    AutoCount,
+    AutoFlag,
+    AutoStreamedLayers,
     Count,
     CountOrZero,
     FilePath,
@@ -29,9 +32,9 @@ from eightgig.config.fields import (
     Rank,
     Section,
     Seed,
-    StreamedLayers,
     Text,
 )
+from eightgig.config.levers import AUTO, Levers
 from eightgig.config.rules import check_preset_name, contradictions
 
 SCHEMA_VERSION = 1
@@ -145,34 +148,49 @@ class HardwareConfig(Section):
         MixedPrecision.BF16, description="type of the computation; what the device lacks is replaced, and said"
     )
     gradient_checkpointing: Flag = Field(True, description="recompute each layer in the backward pass to save memory")
-    checkpointed_layers: Count | None = Field(
-        None, description="decoder layers, counted from the first, that are recomputed; null = all of them"
+    checkpointed_layers: AutoCount = Field(
+        AUTO,
+        description="decoder layers, counted from the first, that are recomputed; null = all of them, "
+        "auto = as few as the card lets",
     )
-    offload_layer_inputs: Flag = Field(
-        False, description="keep what recomputed layers start from in the host's memory until the backward pass"
+    offload_layer_inputs: AutoFlag = Field(
+        AUTO,
+        description="keep what recomputed layers start from in the host's memory until the backward pass; "
+        "auto = where the card needs it",
     )
-    mlp_tile_tokens: Count | None = Field(
-        None, description="tokens that the MLP of a layer takes at one time; null = all of a batch"
+    mlp_tile_tokens: AutoCount = Field(
+        AUTO,
+        description="tokens that the MLP of a layer takes at one time; null = all of a batch, "
+        "auto = fewer where the card needs it",
     )
     tiled_projections: Flag = Field(
         False, description="have the norms and linear layers around attention take mlp_tile_tokens at one time, too"
     )
-    embedding_on_host: Flag = Field(
-        False, description="keep the frozen table of input embeddings in RAM, not on the GPU"
+    embedding_on_host: AutoFlag = Field(
+        AUTO,
+        description="keep the frozen table of input embeddings in RAM, not on the GPU; auto = where the card needs it",
     )
-    streamed_layers: StreamedLayers = Field(
-        0, description="decoder layers whose 4-bit weights stay in RAM and come to the GPU when they are due; 0 = none"
+    streamed_layers: AutoStreamedLayers = Field(
+        AUTO,
+        description="decoder layers whose 4-bit weights stay in RAM and come to the GPU when they are due; 0 = none, "
+        "auto = as few as the card lets",
     )
     cap_gib: PositiveNumber | None = Field(
         None, description="limit of what PyTorch may reserve on the GPU, in GiB; null = the whole card"
     )
-    cache_image_features: Flag = Field(
-        False,
-        description="compute each image's features once, keep them on the disk, and train without the vision tower",
+    cache_image_features: AutoFlag = Field(
+        AUTO,
+        description="compute each image's features once, keep them on the disk, and train without the vision tower; "
+        "auto = where the card needs it",
     )
     feature_cache_gib: PositiveNumber | None = Field(
         None, description="limit of what kept image features may take on the disk, in GiB; null = what is free there"
     )
+
+    @property
+    def levers(self) -> Levers:
+        """The levers as a run has them; "auto", where no plan has chosen, is the plain value."""
+        return Levers.of(self)
 
 
 class ValidationConfig(Section):

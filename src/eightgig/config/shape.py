@@ -84,6 +84,8 @@ def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[str]:
 def _allowed(option: Mapping[str, Any]) -> str:
     if "enum" in option:
         return f"one of {', '.join(option['enum'])}"
+    if "const" in option:
+        return str(option["const"])
     match option["type"]:
         case "null":
             return "null"

@@ -72,7 +72,7 @@ def load(plan: ReloadPlan) -> tuple[Any, str]:
     base.requires_grad_(False)
     if keep_on_host(hardware, spec, base, device, packed) is not None:
         how += f", {plan.streamed_layers} of its layers streamed by EightGig"
-    if hardware.embedding_on_host:
+    if plan.embedding_on_host:
         how += ", its embeddings looked up in RAM"
     disable_cpu_repacking(base)  # so that a CPU with AVX512-BF16 compares with the kernels that trained
     if plan.fp32_modules:

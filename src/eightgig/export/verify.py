@@ -108,8 +108,8 @@ def reload_plan(
         fp32_modules=spec.family.fp32_in_fp16 if dtype is torch.float16 else (),
         cap_gib=config.hardware.cap_gib if device.type == "cuda" else None,
         tolerance=TOLERANCES[precision.mixed_precision],
-        embedding_on_host=config.hardware.embedding_on_host,
-        streamed_layers=config.hardware.streamed_layers,
+        embedding_on_host=config.hardware.levers.embedding_on_host,
+        streamed_layers=config.hardware.levers.streamed_layers,
     )
 
 

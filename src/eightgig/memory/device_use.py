@@ -34,6 +34,20 @@ def device_use(device: torch.device) -> DeviceUse:
     return DeviceUse(own_bytes, total_bytes, counts_other_programs=False)
 
 
+def used_by_others(device: torch.device, context_bytes: int) -> int:
+    """Bytes of the CUDA device `device` that other programs have now; 0 where it is none.
+
+    Args:
+        device: of this process, which has allocated nothing there yet.
+        context_bytes: what this process is taken to have, where the driver does not tell processes apart.
+    """
+    if device.type != "cuda":
+        return 0
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    own_bytes = _own_bytes(torch.cuda.get_device_properties(device).uuid)
+    return max(total_bytes - free_bytes - (context_bytes if own_bytes is None else own_bytes), 0)
+
+
 def _own_bytes(uuid: object) -> int | None:
     """Bytes that the driver counts for this process on the card `uuid`; None where it does not say."""
     try:

@@ -44,7 +44,7 @@ def leaving_the_gpu(
     fit; afterwards it does again.
     """
     packed: dict[nn.Module, PackedLayer] = {}
-    if not (hardware.embedding_on_host or hardware.streamed_layers or with_tower):
+    if not (hardware.levers.embedding_on_host or hardware.levers.streamed_layers or with_tower):
         yield packed
         return
     layers: set[nn.Module] = set()
@@ -98,7 +98,7 @@ def host_tables(hardware: HardwareConfig, spec: ModelSpec, model: Any) -> list[n
     Raises:
         ConfigError: one of them is the head's weight too. It would stay on the GPU for that, and nothing be saved.
     """
-    if not hardware.embedding_on_host:
+    if not hardware.levers.embedding_on_host:
         return []
     tables = list(spec.family.host_tables(model))
     head = base_model(model).get_submodule(spec.family.modules.lm_head)
@@ -117,14 +117,15 @@ def streamed_layers(hardware: HardwareConfig, spec: ModelSpec, model: Any) -> li
     Raises:
         ConfigError: there are fewer.
     """
-    if not hardware.streamed_layers:
+    wanted = hardware.levers.streamed_layers
+    if not wanted:
         return []
     layers: Sequence[nn.Module] = spec.family.decoder_layers(model)
-    if hardware.streamed_layers > len(layers):
+    if wanted > len(layers):
         allowed = f"at most {len(layers)}, the decoder layers of {spec.name}"
         raise ConfigError(
-            [Problem(STREAMED, str(hardware.streamed_layers), allowed)],
+            [Problem(STREAMED, str(wanted), allowed)],
             source="model",
             next_step=f"lower {STREAMED}; `eightgig plan` finds how many are needed",
         )
-    return [layers[i] for i in streamed_positions(len(layers), hardware.streamed_layers)]
+    return [layers[i] for i in streamed_positions(len(layers), wanted)]

@@ -28,7 +28,7 @@ _RANDOM = ("dropout", "drop_path")  # in the names of a config's settings
 
 def check_features_can_be_kept(config: TrainingConfig, spec: ModelSpec) -> None:
     """Raise ConfigError where `config` asks for kept features and the family or the training method forbids them."""
-    if not config.hardware.cache_image_features:
+    if not config.hardware.levers.cache_image_features:
         return
     paths = spec.family.modules
     if not spec.family.accepts_image_features:

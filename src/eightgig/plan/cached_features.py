@@ -47,6 +47,11 @@ class SimulatedFeatures:
         for block in blocks:
             recorder.ledger.free(block)
 
+    @property
+    def num_bytes(self) -> int:
+        """What the features of the micro-batch's images take."""
+        return self._features.numel() * self._features.element_size()
+
     def fed(self, batch: MicroBatch) -> MicroBatch:
         """`batch` with features in place of pixels, on the host; one without an image as it is."""
         pixels = batch.model_inputs.get(PIXELS)

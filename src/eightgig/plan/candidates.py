@@ -85,18 +85,26 @@ class Candidates:
         """
         key = tuple(sorted(changes.items()))
         if key not in self._known:
-            self._known[key] = self._simulated(changes)
+            config = with_changes(self.config, changes)
+            try:
+                self._known[key] = None if config is None else self._simulated(config)
+            except ConfigError:  # the model does not go with them
+                self._known[key] = None
         return self._known[key]
 
-    def _simulated(self, changes: Changes) -> Candidate | None:
-        config = with_changes(self.config, changes)
-        if config is None:
-            return None
+    def given(self) -> Candidate:
+        """`config` itself.
+
+        Raises:
+            ConfigError: the model does not go with it.
+            UnsupportedModel: the model can't be planned.
+        """
+        found = self.get({})
+        return self._simulated(self.config) if found is None else found
+
+    def _simulated(self, config: TrainingConfig) -> Candidate:
         work = self._workload_of(config)
-        try:
-            simulation = self._simulator_of(config, work).run(config, work, validates=self._validates)
-        except ConfigError:  # the model does not go with them
-            return None
+        simulation = self._simulator_of(config, work).run(config, work, validates=self._validates)
         result, fits = place(simulation, config, self.gpu, self.budget_bytes)
         return Candidate(work, simulation, result, fits, time_of(simulation, config, work, self.rates), config)
 

@@ -90,7 +90,7 @@ def smallest_fit(last: int, guess: int, fits: Callable[[int], bool]) -> int:
 
 def _checkpoints_all(found: Candidate) -> bool:
     hardware = found.config.hardware
-    return hardware.gradient_checkpointing and hardware.checkpointed_layers is None
+    return hardware.gradient_checkpointing and hardware.levers.checkpointed_layers is None
 
 
 def _whole_layer(all_of_it: Candidate, one: Candidate, num_layers: int) -> _Whole:

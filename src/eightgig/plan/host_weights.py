@@ -42,7 +42,7 @@ class HostWeights:
         self._tables = host_tables(config.hardware, spec, model)
         self._sizes = [block_bytes(layer_places(layer)) for layer in self._layers]
         self._tower: list[tuple[Any, list[Tensor]]] = []  # weights, and what of each was recorded on loading
-        if config.hardware.cache_image_features:
+        if config.hardware.levers.cache_image_features:
             for weight in tower_of(model, spec.family).parameters():
                 recorded = [tensor for tensor in weight_tensors(weight) if recorder.block_of(tensor) is not None]
                 self._tower += [(weight, recorded)] if recorded else []

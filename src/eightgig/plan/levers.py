@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -28,40 +28,69 @@ WHOLE_LOSS_TOKENS = 1 << 20  # more than any micro-batch has
 BYTES_16BIT = 2
 
 
-def levers_of(candidates: Candidates, changes: Mapping[str, Any]) -> tuple[Lever, ...]:
-    """The levers that the variant with `changes` uses, the largest saving first."""
+def levers_of(
+    candidates: Candidates, changes: Mapping[str, Any], *, among: Set[str] | None = None
+) -> tuple[Lever, ...]:
+    """The levers that the variant with `changes` uses, the largest saving first.
+
+    Args:
+        candidates: makes the variants.
+        changes: of one that can be had.
+        among: paths; only levers that are one of these settings, and fewer checkpointed layers among them as a lever
+            of their own, which takes memory and saves time. None: all there are.
+    """
     found = candidates.get(changes)
     assert found is not None
-    levers = [*_weights(candidates, found), *_segments(candidates, found)]
+    levers = [*_weights(candidates, found), *_segments(candidates, found)] if among is None else []
     for name, off, note in _settings(found, candidates.num_decoder_layers):
+        if among is not None and not set(off) <= among:
+            continue
         without = candidates.get({**changes, **off, "preset": None})  # a preset may forbid it; it is not planned
         if without is not None:
             for lever in _lever(candidates, found, name, without.device_bytes, _step_s(without)):
                 levers.append(replace(lever, reason=f"{note}{lever.reason}"))
+    if among is not None and CHECKPOINTED_LAYERS in among:
+        levers += _whole_layers(candidates, found, changes)
     return tuple(sorted(levers, key=lambda lever: -lever.saves_bytes))
+
+
+def _whole_layers(candidates: Candidates, found: Candidate, changes: Mapping[str, Any]) -> Iterator[Lever]:
+    """Fewer checkpointed layers, against all of them; none where all are."""
+    num_layers = candidates.num_decoder_layers
+    num_checkpointed = found.config.hardware.levers.checkpointed_layers
+    all_of_them = candidates.get({**changes, CHECKPOINTED_LAYERS: None})
+    if num_checkpointed is None or all_of_them is None:
+        return
+    before_s, step_s = _step_s(all_of_them), _step_s(found)
+    yield Lever(
+        name=f"{num_checkpointed} of {num_layers} layers checkpointed",
+        saves_bytes=all_of_them.device_bytes - found.device_bytes,
+        costs_s=None if before_s is None or step_s is None else step_s - before_s,
+        reason="the card has room for the others as they are",
+    )
 
 
 def _settings(found: Candidate, num_layers: int) -> Iterator[tuple[str, dict[str, object], str]]:
     """Levers that are settings in use: their name, the changes that leave them out, and what to say of them first."""
     config = found.config
-    hardware = config.hardware
-    if hardware.gradient_checkpointing:
-        twice = hardware.checkpointed_layers or num_layers
+    levers = config.hardware.levers
+    if config.hardware.gradient_checkpointing:
+        twice = levers.checkpointed_layers or num_layers
         without: dict[str, object] = {CHECKPOINTING: False, CHECKPOINTED_LAYERS: None, OFFLOAD: False}
         yield "gradient checkpointing", without, f"{twice} of {num_layers} layers are computed twice; "
-    if hardware.offload_layer_inputs:
+    if levers.offload_layer_inputs:
         pinned = format_bytes(_offloaded_bytes(found))
         yield "layer inputs on the host", {OFFLOAD: False}, f"{pinned} of the host's memory are pinned; "
-    if hardware.mlp_tile_tokens is not None:
-        yield f"MLP in tiles of {hardware.mlp_tile_tokens:,} tokens", {TILES: None}, ""
-    if hardware.cache_image_features:
+    if levers.mlp_tile_tokens is not None:
+        yield f"MLP in tiles of {levers.mlp_tile_tokens:,} tokens", {TILES: None}, ""
+    if levers.cache_image_features:
         yield "image features kept", {FEATURES: False}, ""
     if config.training.optimizer is not OptimizerName.ADAMW:
         yield "8-bit optimizer", {OPTIMIZER: OptimizerName.ADAMW.value}, ""
-    if hardware.embedding_on_host:
+    if levers.embedding_on_host:
         yield "embeddings in RAM", {EMBEDDING: False}, ""
-    if hardware.streamed_layers:
-        yield f"weights of {hardware.streamed_layers} layers in RAM", {STREAMED: 0}, ""
+    if levers.streamed_layers:
+        yield f"weights of {levers.streamed_layers} layers in RAM", {STREAMED: 0}, ""
     if config.training.quantization.vision_tower:
         yield "vision tower in 4 bits", {TOWER_IN_4BIT: False}, ""
     yield "loss in chunks", {CHUNK: WHOLE_LOSS_TOKENS}, ""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from eightgig.config import MixedPrecision
+from eightgig.config.levers import settled
 from eightgig.core.units import GIB
 from eightgig.memory.segments import expects_expandable_segments
 from eightgig.models.least_memory import CONTEXT_BYTES
@@ -89,11 +90,12 @@ class Plan:
         breakdown: bytes of each category at the peak; they add up to `peak.device_bytes`.
         phases: peak device bytes of loading, validation, training and saving.
         workload: tokens, image tokens among them, of one planned micro-batch, and its samples.
-        config: the settings that were planned.
+        config: the settings that were planned, with nothing left to a plan.
         levers: settings that save memory, and what each costs.
         alternatives: where the run does not fit: settings that would, the smallest change first.
         time: None where the card's rates are not known.
         host_bytes: of weights that are kept in host memory; what else a process takes there comes on top.
+        feature_bytes: on the disk, of the features of a micro-batch's images; 0 where none are kept.
     """
 
     model: str
@@ -110,6 +112,7 @@ class Plan:
     alternatives: tuple[Alternative, ...] = ()
     time: PlannedTime | None = None
     host_bytes: int = 0
+    feature_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data for JSON."""
@@ -125,7 +128,7 @@ def plan(
     workload: Workload | None = None,
     rates: CardRates | None = None,
 ) -> Plan:
-    """The plan of `config` on `gpu`.
+    """The plan of `config` on `gpu`; levers that it leaves to the plan are off.
 
     Needs no GPU and no weights.
 
@@ -180,9 +183,10 @@ def told(
         breakdown=_breakdown(placed.simulation, placed.result),
         phases=_phases(placed.result),
         workload=workload_sizes(placed.work),
-        config=config.model_dump(mode="json"),
+        config=settled(config).model_dump(mode="json"),
         time=placed.time,
         host_bytes=placed.simulation.host_bytes,
+        feature_bytes=placed.simulation.feature_bytes,
     )
 
 

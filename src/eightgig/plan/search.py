@@ -6,13 +6,23 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from eightgig.config.fields import MIN_STREAMED_LAYERS
+from eightgig.config.levers import automatic_paths
 from eightgig.models.host_weights import EMBEDDING, STREAMED
 from eightgig.models.quantization import TOWER_IN_4BIT
 from eightgig.plan.candidates import Candidate, Candidates, Changes, WorkloadOf
 from eightgig.plan.card_rates import CardRates
+from eightgig.plan.chosen_levers import (
+    TILE_TOKENS,
+    can_fit,
+    every_lever,
+    fewest_streamed,
+    fitting_levers,
+    needed_levers,
+    pinned_levers,
+    tried,
+)
 from eightgig.plan.fewer_checkpointed import CHECKPOINTED_LAYERS, fewer_checkpointed
-from eightgig.plan.levers import levers_of
+from eightgig.plan.levers import CHECKPOINTING, CHUNK, FEATURES, OFFLOAD, OPTIMIZER, TILES, levers_of
 from eightgig.plan.plan import Alternative, Plan, card_rates, told
 
 if TYPE_CHECKING:
@@ -20,21 +30,13 @@ if TYPE_CHECKING:
     from eightgig.registry import ModelSpec
     from eightgig.registry.gpus import GpuFacts
 
-CHECKPOINTING = "hardware.gradient_checkpointing"
 BATCH = "training.batch_size"
 ACCUMULATION = "training.gradient_accumulation_steps"
-OFFLOAD = "hardware.offload_layer_inputs"
-TILES = "hardware.mlp_tile_tokens"
-OPTIMIZER = "training.optimizer"
-CHUNK = "training.loss_chunk_tokens"
 LENGTH = "data.max_length"
 PRESET = "preset"
 
 MAX_BATCH = 16  # samples at once, twice the most measured (benchmarks/results/search_accuracy.json)
 LENGTH_STEP_TOKENS = 64
-# Of about the hidden size of a 7B model, as ALST has its tiles (arXiv 2506.13996): enough rows that unpacking the 4-bit
-# weights anew for each tile is little beside the products.
-TILE_TOKENS = 2048
 SMALL_CHUNK_TOKENS = 256  # as preset ultra_low_memory has it
 
 
@@ -76,7 +78,7 @@ def search(
 
     Searched are activation checkpointing, how many samples go through at once where their number in a step stays the
     same, and how many layers are checkpointed. Of settings equally fast the first stays, and `config` itself stands
-    first.
+    first. Where none of them fits, the levers that are left to the plan are taken in (`chosen_levers`).
 
     Args:
         config: where to begin.
@@ -94,11 +96,17 @@ def search(
     candidates = Candidates(config, spec, gpu, request.budget_bytes, workload_of, request.rates)
     whole = candidates.with_validation()
     fitting = list(_fitting(request, candidates))
-    fitting = [*fewer_checkpointed(candidates, fitting, fixed), *fitting]  # the first of equally fast ones is taken
+    fewer = fewer_checkpointed(candidates, fitting, pinned_levers(candidates))
+    fitting = [*fewer, *fitting]  # the first of equally fast ones is taken
     for changes, _ in sorted(fitting, key=lambda pair: _seconds(pair[1])):
         planned = _plan(request, whole, changes)
         if planned.fits:
             return replace(planned, levers=levers_of(candidates, changes))
+    smallest = _smallest(request)
+    levers = fitting_levers(whole, smallest)
+    if levers is not None:
+        changes = {**smallest, **levers}
+        return replace(_plan(request, whole, changes), levers=levers_of(whole, changes))
     planned = _plan(request, whole, {})
     return replace(planned, alternatives=tuple(_alternatives(request, whole)))
 
@@ -132,6 +140,12 @@ def _batches(request: Request) -> list[dict[str, int]]:
     return [{} if size == training.batch_size else {BATCH: size, ACCUMULATION: num_samples // size} for size in sizes]
 
 
+def _smallest(request: Request) -> dict[str, object]:
+    """What takes the least of what is searched: few samples at once, and layers checkpointed."""
+    checkpoints = CHECKPOINTING in request.fixed or request.config.hardware.gradient_checkpointing
+    return {**_batches(request)[0], **({} if checkpoints else {CHECKPOINTING: True})}
+
+
 def _seconds(found: Candidate) -> float:
     """Time of a step; where it is not known, fewer passes count as faster."""
     if found.time is not None:
@@ -141,109 +155,83 @@ def _seconds(found: Candidate) -> float:
 
 def _plan(request: Request, whole: Candidates, changes: Changes) -> Plan:
     """The whole plan, with validation, of the variant with `changes`, which can be had."""
-    found = whole.get(changes)
+    found = whole.get(changes) if changes else whole.given()
     assert found is not None
     return told(found.config, request.spec, request.gpu, request.budget_bytes, found)
 
 
 def _alternatives(request: Request, candidates: Candidates) -> Iterator[Alternative]:
     """What would fit, cheapest first: changes that cost time, then a tower in 4 bits, then those that cost texts; each
-    on top of the ones before it that alone don't suffice.
+    on top of the ones before it that alone don't suffice, and with the levers that are left to the plan.
     """
     changes: dict[str, object] = {}
     for change, price in _cheap_changes(request):
-        found = candidates.get({**changes, **change})
-        if found is None:
+        if tried(candidates, {**changes, **change}) is None:
             continue
         changes |= change
-        if found.fits:
-            yield _alternative(changes, found, price)
+        levers = needed_levers(candidates, changes)
+        if levers is not None:
+            yield _alternative(candidates, {**changes, **levers}, price)
             return
-    streamed = _fewest_streamed(candidates, changes)
-    if streamed is not None:
-        changes[STREAMED] = streamed
-        found = candidates.get(changes)
-        assert found is not None
-        if found.fits:
-            yield _alternative(changes, found, "their weights come from RAM in each pass")
+    if STREAMED not in automatic_paths(request.config):
+        streamed = fewest_streamed(candidates, {**changes, **every_lever(candidates, changes)})
+        if streamed is not None:
+            levers = needed_levers(candidates, {**changes, STREAMED: streamed})
+            assert levers is not None
+            yield _alternative(candidates, {**changes, STREAMED: streamed, **levers}, "their weights come from RAM")
             return
     if _tower_in_4bit_saves(request, candidates, changes):
         changes[TOWER_IN_4BIT] = True
-        streamed = _fewest_streamed(candidates, changes)  # perhaps not all of them now
-        if streamed is not None:
-            changes[STREAMED] = streamed
-        found = candidates.get(changes)
-        assert found is not None
-        if found.fits:
-            yield _alternative(
-                changes, found, "the vision tower's features change a little; the run's receipt says how much"
-            )
+        levers = needed_levers(candidates, changes)
+        if levers is not None:
+            price = "the vision tower's features change a little; the run's receipt says how much"
+            yield _alternative(candidates, {**changes, **levers}, price)
             return
     length = _longest_length(request, candidates, changes)
     if length is not None:
-        found = candidates.get({**changes, LENGTH: length})
-        assert found is not None
-        yield _alternative({**changes, LENGTH: length}, found, f"texts are cut at {length:,} tokens")
+        shorter = {**changes, LENGTH: length}
+        levers = needed_levers(candidates, shorter)
+        assert levers is not None
+        yield _alternative(candidates, {**shorter, **levers}, f"texts are cut at {length:,} tokens")
 
 
 def _tower_in_4bit_saves(request: Request, candidates: Candidates, changes: Changes) -> bool:
     """Whether the run with `changes` takes less of the card with its vision tower in 4 bits, and is not so already."""
     if request.config.training.quantization.vision_tower:
         return False
+    changes = {**changes, **every_lever(candidates, changes)}
     without, found = candidates.get(changes), candidates.get({**changes, TOWER_IN_4BIT: True})
     return without is not None and found is not None and found.device_bytes < without.device_bytes
 
 
 def _cheap_changes(request: Request) -> Iterator[tuple[dict[str, object], str]]:
-    """Changes that leave what is learnt as it is."""
+    """Changes that leave what is learnt as it is, of settings that the plan may not choose itself."""
     config = request.config
-    training = config.training
+    training, levers, automatic = config.training, config.hardware.levers, automatic_paths(config)
     if training.batch_size > 1:
         num_samples = training.batch_size * training.gradient_accumulation_steps
         yield {BATCH: 1, ACCUMULATION: num_samples}, "a step takes its samples one by one"
     if not config.hardware.gradient_checkpointing:
         yield {CHECKPOINTING: True}, "each layer is computed twice"
-    if config.hardware.checkpointed_layers is not None:
+    if levers.checkpointed_layers is not None:
         yield {CHECKPOINTED_LAYERS: None}, "every layer is computed twice"
     tokens = request.workload_of(config).batch.num_tokens // training.batch_size
-    if tokens > TILE_TOKENS and (config.hardware.mlp_tile_tokens or tokens) > TILE_TOKENS:
+    if TILES not in automatic and tokens > TILE_TOKENS and (levers.mlp_tile_tokens or tokens) > TILE_TOKENS:
         yield {TILES: TILE_TOKENS}, "the layers' MLPs take the tokens in tiles"
     if training.loss_chunk_tokens > SMALL_CHUNK_TOKENS:
         yield {CHUNK: SMALL_CHUNK_TOKENS}, "the loss is computed in more, smaller parts"
-    if not config.hardware.offload_layer_inputs:
+    if OFFLOAD not in automatic and not levers.offload_layer_inputs:
         yield {OFFLOAD: True}, "the layers' inputs wait in the host's memory, which must have room for them"
     yield {OPTIMIZER: "paged_adamw_8bit"}, "the optimizer's states move to the host where the card is full"
-    if not config.hardware.embedding_on_host:
+    if EMBEDDING not in automatic and not levers.embedding_on_host:
         yield {EMBEDDING: True}, "embeddings are looked up in RAM"
-
-
-def _fewest_streamed(candidates: Candidates, changes: Changes) -> int | None:
-    """The fewest streamed layers with which the run fits; all of them where none suffice, None where none can be.
-
-    Each one more takes less of the card, until all are streamed.
-    """
-    counts = range(
-        max(MIN_STREAMED_LAYERS, candidates.config.hardware.streamed_layers), candidates.num_decoder_layers + 1
-    )
-    if not counts or candidates.get({**changes, STREAMED: counts[-1]}) is None:
-        return None
-
-    def is_too_few(count: int) -> bool:
-        found = candidates.get({**changes, STREAMED: count})
-        return found is None or not found.fits
-
-    too_few = longest_fit(counts, is_too_few)
-    return counts[0] if too_few is None else min(too_few + 1, counts[-1])
+    if FEATURES not in automatic and not levers.cache_image_features:
+        yield {FEATURES: True}, "images go through the vision tower once, and their features are kept on the disk"
 
 
 def _longest_length(request: Request, candidates: Candidates, changes: Changes) -> int | None:
     lengths = range(LENGTH_STEP_TOKENS, request.config.data.max_length, LENGTH_STEP_TOKENS)
-
-    def fits(length: int) -> bool:
-        found = candidates.get({**changes, LENGTH: length})
-        return found is not None and bool(found.fits)
-
-    return longest_fit(lengths, fits)
+    return longest_fit(lengths, lambda length: can_fit(candidates, {**changes, LENGTH: length}))
 
 
 def longest_fit(lengths: Sequence[int], fits: Callable[[int], bool]) -> int | None:
@@ -261,6 +249,8 @@ def longest_fit(lengths: Sequence[int], fits: Callable[[int], bool]) -> int | No
     return lengths[first - 1] if first else None
 
 
-def _alternative(changes: Changes, found: Candidate, price: str) -> Alternative:
+def _alternative(candidates: Candidates, changes: Changes, price: str) -> Alternative:
+    found = candidates.get(changes)
+    assert found is not None
     step_s = None if found.time is None else found.time.step_s
     return Alternative(dict(changes), found.device_bytes, step_s, price)

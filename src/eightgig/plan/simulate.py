@@ -24,7 +24,7 @@ from eightgig.data.collate import collate
 from eightgig.evaluate.generate import answer_batch, first_exchange
 from eightgig.evaluate.loss import validation_loss
 from eightgig.models.precision import Precision
-from eightgig.models.tower_features import check_features_can_be_kept
+from eightgig.models.tower_features import check_features_can_be_kept, check_tower_is_fixed
 from eightgig.models.trainable import weights_to_save
 from eightgig.plan.cached_features import SimulatedFeatures
 from eightgig.plan.categories import GRADIENTS, OPTIMIZER, OTHER
@@ -76,6 +76,7 @@ class Simulation:
         micro_batch_costs: forward and backward pass of one micro-batch, each kind of operation with how often it runs.
         update_costs: clipping and the optimizer.
         host_bytes: of weights that are kept in host memory.
+        feature_bytes: on the disk, of the features of a micro-batch's images; 0 where none are kept.
     """
 
     trace: MemoryTrace
@@ -84,6 +85,7 @@ class Simulation:
     micro_batch_costs: Mapping[OpCost, float]
     update_costs: Mapping[OpCost, float]
     host_bytes: int = 0
+    feature_bytes: int = 0
 
 
 class Simulator:
@@ -130,9 +132,12 @@ class Simulator:
 
         Raises:
             ConfigError: its image features are to be kept, or weights are to stay on the host, and can't.
-            UnsupportedModel: the model's code takes decisions from values, which are not there.
+            UnsupportedModel: the model's code takes decisions from values, which are not there; or its tower, whose
+                features are to be kept, drops values at random.
         """
         check_features_can_be_kept(config, self._spec)
+        if config.hardware.levers.cache_image_features:
+            check_tower_is_fixed(self._model, self._spec)
         host = HostWeights(config, self._spec, self._model, self._recorder)
         trace = host.loading(self._loading)
         with self._recorder.leaving_out(host.tensors()):
@@ -182,7 +187,7 @@ class Simulator:
         compute = replace(build_compute(config, CUDA, self._precision), device=CPU)
         step = build_step(config, spec, model, compute, num_steps=NUM_STEPS, optimizer_device=CUDA)
         keep_paged_states_on_host(step.optimizer, self._recorder)
-        if config.hardware.cache_image_features and work.batch.num_images:
+        if config.hardware.levers.cache_image_features and work.batch.num_images:
             with self._recorder:
                 trace.mark("features")
                 self._features = SimulatedFeatures(model, spec, work.batch, compute, self._recorder)
@@ -210,7 +215,8 @@ class Simulator:
                 trace.mark("save")
                 self._save(step)
         costs = {cost: count / num_micro_batches for cost, count in micro_batches.items()}
-        return _result(trace, model, costs, update)
+        feature_bytes = 0 if self._features is None else self._features.num_bytes
+        return replace(_result(trace, model, costs, update), feature_bytes=feature_bytes)
 
     def _save(self, step: TrainingStep) -> None:
         """A checkpoint's tensors, collected as `checkpoint.store` does before it writes them."""

@@ -42,6 +42,8 @@ PCIE_DATA_SHARE = 128 / 130
 # attain less: 7.8 to 9.4 GB/s of 15.8 (Soup, 4.0 x8), 32.4 of 63 (an RTX 5090 in WSL; 9.6 from pageable memory).
 PCIE_ATTAINED_SHARE = 0.8
 
+RESERVE_GIB = 0.4  # of a card, kept free for its other users: what a desktop takes; also the default of `eightgig plan`
+
 SIZE = re.compile(r"(?<!\d)(\d{1,3})\s*gi?b")
 PREFIX = re.compile(r"^(nvidia)?(geforce|tesla)?((rtx|gtx)(?=\d))?")
 

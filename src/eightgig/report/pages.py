@@ -8,10 +8,9 @@ from importlib.resources import files
 import jinja2
 from markupsafe import Markup
 
-from eightgig.core.units import format_bytes
+from eightgig.core.units import format_bytes, format_duration
 from eightgig.report.wording import (
     format_count,
-    format_duration,
     format_method,
     format_moment,
     format_number,

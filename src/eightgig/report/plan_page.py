@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from eightgig.core.units import format_bytes
+from eightgig.core.units import format_bytes, format_duration
 from eightgig.plan.phases import phase_word
 from eightgig.registry.gpus import all_gpus
 from eightgig.report.curves import Chart, bytes_bars, memory_bar
 from eightgig.report.pages import page_template
 from eightgig.report.view import Tile, setting_sections
-from eightgig.report.wording import format_duration
 
 _PHASE_SERIES = (("bar-planned", "planned"),)
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eightgig.core.units import format_bytes
+from eightgig.core.units import format_bytes, format_duration
 from eightgig.report.pictures import thumbnail_uri
 from eightgig.report.records import Record, RunRecords
-from eightgig.report.wording import format_count, format_duration, format_number, format_share
+from eightgig.report.wording import format_count, format_number, format_share
 
 MAX_PICTURES = 24  # keeps the file far below 5 MB: a 256 px JPEG is 5 to 20 kB
 _MAX_QUARANTINE_ROWS = 10

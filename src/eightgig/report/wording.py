@@ -8,20 +8,6 @@ from datetime import datetime
 from typing import Any
 
 
-def format_duration(duration_s: float) -> str:
-    """`duration_s` in its two largest units, e.g. `3 min 42 s`, `1 h 05 min`; below a minute to a tenth of a second."""
-    if duration_s < 59.95:
-        return f"{duration_s:.1f} s"
-    minutes, seconds = divmod(round(duration_s), 60)
-    if minutes < 60:
-        return f"{minutes} min {seconds:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes:02d} min"
-    days, hours = divmod(hours, 24)
-    return f"{days} d {hours:02d} h"
-
-
 def format_share(share: float | None) -> str:
     """`share` (0 to 1) in per cent to a tenth, e.g. `92.5 %`; `–` where there is none."""
     if share is None:

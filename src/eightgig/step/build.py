@@ -46,7 +46,7 @@ def tile_as_configured(config: TrainingConfig, spec: ModelSpec, model: nn.Module
     Raises:
         ConfigError: a layer has no MLP that could be told.
     """
-    tile_tokens = config.hardware.mlp_tile_tokens
+    tile_tokens = config.hardware.levers.mlp_tile_tokens
     if tile_tokens is None:
         return
     layers = spec.family.decoder_layers(model)
@@ -70,18 +70,18 @@ def offload_as_configured(
 
     Wrap the layers with nothing afterwards: it acts on what the layer as a whole keeps.
     """
-    if config.hardware.offload_layer_inputs:
+    if config.hardware.levers.offload_layer_inputs:
         offload_layer_inputs(_checkpointed_layers(config, spec, model), transfers)
 
 
 def _checkpointed_layers(config: TrainingConfig, spec: ModelSpec, model: nn.Module) -> list[nn.Module]:
     layers = list(spec.family.decoder_layers(model))
-    wanted = config.hardware.checkpointed_layers
+    wanted = config.hardware.levers.checkpointed_layers
     if wanted is not None and wanted > len(layers):
         raise ConfigError(
             [Problem(CHECKPOINTED_LAYERS, str(wanted), f"at most the {len(layers)} decoder layers of {spec.name}")],
             source="checkpointing",
-            next_step=f"lower {CHECKPOINTED_LAYERS}, or leave it out to checkpoint all layers",
+            next_step=f"lower {CHECKPOINTED_LAYERS}, or set it to null to checkpoint all layers",
         )
     return layers[:wanted]
 

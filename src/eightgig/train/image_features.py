@@ -226,6 +226,14 @@ class FeatureCache:
         )
 
 
+def feature_room(config: TrainingConfig) -> int:
+    """Bytes that may still be kept: what is free on the disk, within `hardware.feature_cache_gib`."""
+    root = cache_folder() / FOLDER
+    free_bytes = shutil.disk_usage(existing_parent(root)).free
+    limit_gib = config.hardware.feature_cache_gib
+    return free_bytes if limit_gib is None else min(free_bytes, max(round(limit_gib * GIB) - stored_bytes(root), 0))
+
+
 def _images_by_key(samples: Iterable[Sample]) -> dict[str, ImagePart]:
     """Each image of `samples` once, by the hash of its file."""
     known: dict[ImagePart, str] = {}

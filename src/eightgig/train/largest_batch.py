@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,19 @@ def largest_training_batch(config: TrainingConfig, spec: ModelSpec, encoder: Enc
     (batch,) = validation_batches(encoder, samples, batch_size=len(samples))
     num_generated = min(config.validation.num_generated, len(samples)) if data.validation else 0
     return Workload(encoder.processor, encoder, samples, batch, num_generated)
+
+
+def num_image_tokens(config: TrainingConfig, spec: ModelSpec, data: DataSets) -> int:
+    """The image tokens of the whole training set; an image that stands twice counts twice.
+
+    Not for derived families, whose image tokens can only be counted by processing each image.
+    """
+    image_px = config.data.image_size
+    sizes = Counter(size_px for size in data.train_sizes for size_px in size.image_sizes_px)
+    return sum(
+        count * spec.family.num_image_tokens(spec.facts, image_px, width_px=width_px, height_px=height_px)
+        for (width_px, height_px), count in sizes.items()
+    )
 
 
 def _rank(config: TrainingConfig, spec: ModelSpec) -> Callable[[SampleSize], tuple[int, int]]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from eightgig.config import TrainingConfig
 from eightgig.core.errors import ConfigError, EnvironmentProblem, Problem
@@ -16,8 +18,10 @@ from eightgig.data.order import StepOrder
 from eightgig.data.quarantine import Quarantine
 from eightgig.data.sets import read_data
 from eightgig.memory.cap import limit_allocator
+from eightgig.memory.device_use import used_by_others
 from eightgig.memory.segments import prefer_expandable_segments
 from eightgig.models.adapters import adapted_layers, attach_adapters
+from eightgig.models.least_memory import CONTEXT_BYTES
 from eightgig.models.load import LoadedModel, load_model, load_processor
 from eightgig.models.precision import Precision, choose_precision
 from eightgig.models.tower_features import check_features_can_be_kept
@@ -33,13 +37,15 @@ from eightgig.step.build import (
 from eightgig.train.datasets import check_data
 from eightgig.train.events import TrainingListener
 from eightgig.train.image_features import FeatureCache, FeaturePlace, FedRun
-from eightgig.train.largest_batch import largest_training_batch
+from eightgig.train.largest_batch import largest_training_batch, num_image_tokens
 from eightgig.train.memory_meter import MemoryMeter
-from eightgig.train.planning import FindCard, plan_memory
+from eightgig.train.planning import PlanDoors, Question, plan_run
 from eightgig.train.positions import positions_note
 from eightgig.train.run import DataSets, Run
 from eightgig.train.run_folder import RunFolder
 from eightgig.train.tower_difference import measure_tower
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,13 @@ class Place:
         """`tensor` added up over all processes."""
         summed: torch.Tensor = self.accelerator.reduce(tensor, "sum")
         return summed
+
+    def as_main_process_has(self, value: Value) -> Value:
+        """The main process's `value`, in every process; each has to ask."""
+        told = [value]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(told)
+        return told[0]
 
 
 def choose_place(config: TrainingConfig) -> Place:
@@ -90,11 +103,11 @@ def choose_place(config: TrainingConfig) -> Place:
 
 
 def build_run(
-    config: TrainingConfig, place: Place, folder: RunFolder, listener: TrainingListener, find_card: FindCard
+    config: TrainingConfig, place: Place, folder: RunFolder, listener: TrainingListener, doors: PlanDoors
 ) -> Run:
-    """Everything that `config` describes, ready to train.
+    """Everything that `config` describes, ready to train, with levers where it leaves them to the plan.
 
-    The data is checked, and the memory planned on the card that `find_card` tells, before any weight is loaded.
+    The data is checked, and the memory planned on the card that `doors` tell, before any weight is loaded.
     """
     if place.precision.note is not None:
         listener.on_message(place.precision.note)
@@ -105,13 +118,19 @@ def build_run(
         listener.on_message(text)
     encoder = _build_encoder(config, spec)
     data = check_data(read, config, encoder, folder, listener)
-    card = find_card(place.device) if place.accelerator.is_main_process else None
     planned = None
-    if card is not None:
+    if place.accelerator.is_main_process:
+        question = None
+        card = doors.find_card(place.device)
         workload = functools.partial(largest_training_batch, config, spec, encoder, data)
-        planned = plan_memory(config, spec, card, workload, folder, listener)
+        if card is not None:
+            tokens = functools.partial(num_image_tokens, config, spec, data)
+            others_bytes = used_by_others(place.device, CONTEXT_BYTES)
+            question = Question(config, spec, card, others_bytes, read, workload, tokens)
+        config, planned = plan_run(config, question, doors.find_kept, folder, listener)
+    config = place.as_main_process_has(config)
     listener.on_message(f"loading {spec.name}")
-    tower_on_host = config.hardware.cache_image_features  # it comes to the card if features are missing
+    tower_on_host = config.hardware.levers.cache_image_features  # it comes to the card if features are missing
     with tower_weights_kept(config, spec) as originals:
         loaded = load_model(config, spec, place.device, place.precision, tower_on_host=tower_on_host)
     note = positions_note(config, spec, loaded.model.config, data.train_sizes)
@@ -165,7 +184,7 @@ def _fed(
     listener: TrainingListener,
 ) -> FedRun | None:
     """The model fed with kept features, those that were missing computed; None where `config` wants none."""
-    if not config.hardware.cache_image_features:
+    if not config.hardware.levers.cache_image_features:
         return None
     cache = FeatureCache(config, loaded, encoder, feature_place, listener)
     cache.fill((*data.train, *data.validation))
