@@ -17,7 +17,7 @@ from eightgig.plan.fake_ops import fresh_fake, span_bytes
 from eightgig.plan.layer_signature import Unlike
 from eightgig.plan.op_costs import OpCost
 from eightgig.plan.recorder import Recorder
-from eightgig.plan.tape import Event, Tape
+from eightgig.plan.tape import Event, Stretch, Tape, stretches
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LayerRecording:
     """What a call of a layer does.
 
     Attributes:
-        forward, backward: its events, in blocks of one tape.
+        forward, backward: the stretches of its events, in blocks of one tape.
         inputs: of each tensor argument the block.
         kept_inputs: blocks of those that the layer refers to after its forward pass.
         outputs: the tensors it returns, put together by `output_structure`.
@@ -55,8 +55,8 @@ class LayerRecording:
         parameter_gradients: of each parameter that had none before, its name and gradient.
     """
 
-    forward: list[Event] = field(default_factory=list)
-    backward: list[Event] = field(default_factory=list)
+    forward: list[Stretch | Event] = field(default_factory=list)
+    backward: list[Stretch | Event] = field(default_factory=list)
     inputs: list[int] = field(default_factory=list)
     kept_inputs: list[int] = field(default_factory=list)
     outputs: list[TensorShape] = field(default_factory=list)
@@ -130,7 +130,7 @@ class _Session:
             if self.backward_end < 0:
                 self.backward_end = len(events)
             del seed, storages
-            recording.backward = events[self.backward_begin : self.backward_end]
+            recording.backward = stretches(events[self.backward_begin : self.backward_end])
             recording.parameter_gradients = [
                 (name, self.shape_of(parameter.grad))
                 for name, parameter in self.layer.named_parameters()
@@ -155,7 +155,7 @@ class _Session:
         self.recorder.costs = self.recording.forward_costs
         output = forward(*args, **kwargs)
         self.recorder.costs = None
-        self.recording.forward = list(self.tape.events)
+        self.recording.forward = stretches(self.tape.events)
         flat, self.recording.output_structure = tree_flatten(output)
         if not all(isinstance(leaf, FakeTensor) for leaf in flat):
             raise Unlike("it returns other things than tensors")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from eightgig.config.fields import MIN_STREAMED_LAYERS
+from eightgig.core.garbage import present_objects_kept
 from eightgig.models.host_weights import EMBEDDING, STREAMED
 from eightgig.plan.candidates import Candidate, Candidates, Changes, WorkloadOf
 from eightgig.plan.card_rates import CardRates
@@ -91,9 +92,14 @@ def search(
     """
     request = Request(config, spec, gpu, reserve_bytes, fixed, workload_of, rates or card_rates(gpu))
     candidates = Candidates(config, spec, gpu, request.budget_bytes, workload_of, request.rates)
+    with present_objects_kept():
+        return _fastest(request, candidates)
+
+
+def _fastest(request: Request, candidates: Candidates) -> Plan:
     whole = candidates.with_validation()
     fitting = list(_fitting(request, candidates))
-    fitting = [*fewer_checkpointed(candidates, fitting, fixed), *fitting]  # the first of equally fast ones is taken
+    fitting = [*fewer_checkpointed(candidates, fitting, request.fixed), *fitting]  # the first of equally fast ones is taken
     for changes, _ in sorted(fitting, key=lambda pair: _seconds(pair[1])):
         planned = _plan(request, whole, changes)
         if planned.fits:
