@@ -105,6 +105,26 @@ def make_tensor(shape: TensorShape) -> Tensor:
     return whole.as_strided(shape.size, shape.stride, shape.offset)
 
 
+def shape_of(recorder: Recorder, tensor: Tensor | None) -> TensorShape:
+    """What it takes to make `tensor` anew; its block is that of the present ledger.
+
+    Raises:
+        Unlike: it is not there, or not written down as a block.
+    """
+    block = None if tensor is None else recorder.block_of(tensor)
+    if block is None or not isinstance(tensor, FakeTensor) or not tensor.untyped_storage().nbytes():
+        raise Unlike("it hands on a tensor that is not of its own making")
+    return TensorShape(
+        block,
+        tensor.untyped_storage().nbytes(),
+        tuple(tensor.shape),
+        tensor.stride(),
+        int(tensor.storage_offset()),
+        tensor.dtype,
+        tensor.fake_mode,
+    )
+
+
 class _Session:
     """The run of one recording."""
 
@@ -132,7 +152,7 @@ class _Session:
             del seed, storages
             recording.backward = stretches(events[self.backward_begin : self.backward_end])
             recording.parameter_gradients = [
-                (name, self.shape_of(parameter.grad))
+                (name, shape_of(self.recorder, parameter.grad))
                 for name, parameter in self.layer.named_parameters()
                 if parameter.grad is not None and name not in had_gradient
             ]
@@ -159,7 +179,7 @@ class _Session:
         flat, self.recording.output_structure = tree_flatten(output)
         if not all(isinstance(leaf, FakeTensor) for leaf in flat):
             raise Unlike("it returns other things than tensors")
-        self.recording.outputs = [self.shape_of(leaf) for leaf in flat]
+        self.recording.outputs = [shape_of(self.recorder, leaf) for leaf in flat]
         self.recording.has_backward = any(leaf.requires_grad for leaf in flat)
         return flat
 
@@ -181,21 +201,6 @@ class _Session:
                 copies[place] = tensor
         remaining = iter(copies)
         return [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-
-    def shape_of(self, tensor: Tensor) -> TensorShape:
-        """What it takes to make `tensor` anew."""
-        block = self.recorder.block_of(tensor)
-        if block is None or not isinstance(tensor, FakeTensor) or not tensor.untyped_storage().nbytes():
-            raise Unlike("it hands on a tensor that is not of its own making")
-        return TensorShape(
-            block,
-            tensor.untyped_storage().nbytes(),
-            tuple(tensor.shape),
-            tensor.stride(),
-            int(tensor.storage_offset()),
-            tensor.dtype,
-            tensor.fake_mode,
-        )
 
 
 def _copy(tensor: Tensor, storages: dict[int, Tensor]) -> Tensor:
@@ -230,7 +235,7 @@ class _Begin(torch.autograd.Function):
         session.recorder.costs = None
         for place, gradient in zip(ctx.places, gradients, strict=True):
             if gradient is not None:
-                session.recording.input_gradients[place] = session.shape_of(gradient)
+                session.recording.input_gradients[place] = shape_of(session.recorder, gradient)
         return None, None, None, None
 
 

@@ -99,7 +99,10 @@ def search(
 def _fastest(request: Request, candidates: Candidates) -> Plan:
     whole = candidates.with_validation()
     fitting = list(_fitting(request, candidates))
-    fitting = [*fewer_checkpointed(candidates, fitting, request.fixed), *fitting]  # the first of equally fast ones is taken
+    fitting = [
+        *fewer_checkpointed(candidates, fitting, request.fixed),
+        *fitting,
+    ]  # the first of equally fast ones is taken
     for changes, _ in sorted(fitting, key=lambda pair: _seconds(pair[1])):
         planned = _plan(request, whole, changes)
         if planned.fits:

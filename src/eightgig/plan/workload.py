@@ -57,7 +57,7 @@ def largest_workload(config: TrainingConfig, spec: ModelSpec) -> Workload:
 
 
 class LargestWorkloads:
-    """`largest_workload` for variants of the settings of a run with `spec`: made once for those that it is equal for."""
+    """`largest_workload` for variants of a run's settings: made once for those that it is equal for."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
