@@ -91,10 +91,10 @@ def _of_argument(leaf: Any, groups: dict[int, int]) -> Any:
 
 def _digest(tensor: Tensor) -> bytes:
     """Of its content; worked out once for the many layers that are given the same tensor."""
-    known = _DIGESTS.get(tensor)
-    if known is None or known[0] != tensor._version:
-        known = _DIGESTS[tensor] = (tensor._version, _new_digest(tensor))
-    return known[1]
+    if tensor not in _DIGESTS or _DIGESTS[tensor][0] != tensor._version:
+        _DIGESTS[tensor] = (tensor._version, _new_digest(tensor))
+    digest: bytes = _DIGESTS[tensor][1]
+    return digest
 
 
 def _new_digest(tensor: Tensor) -> bytes:
