@@ -34,14 +34,13 @@ def configs_of(model: str, method: str) -> list[TrainingConfig]:
     trainings: list[dict[str, Any]] = [
         {},
         {"batch_size": 2, "gradient_accumulation_steps": 1},
-        {"optimizer": "adamw"},
+        {"optimizer": "adamw", "loss_chunk_tokens": 16},
         {"optimizer": "paged_adamw_8bit"},
-        {"max_grad_norm": 0.5, "loss_chunk_tokens": 16},
         {"optimizer": "adamw", "batch_size": 2},
     ]
-    levers: list[dict[str, Any]] = [{}, {"gradient_checkpointing": False}, {"offload_layer_inputs": True}]
+    levers: list[dict[str, Any]] = [{}, {"gradient_checkpointing": False}]
     if method == "qlora":
-        levers.append({"streamed_layers": 4})
+        levers += [{"offload_layer_inputs": True}, {"streamed_layers": 4}]
     return [
         TrainingConfig.model_validate(
             {
@@ -51,13 +50,14 @@ def configs_of(model: str, method: str) -> list[TrainingConfig]:
                 "hardware": hardware,
             }
         )
-        for hardware in levers
-        for training in trainings
+        for i, hardware in enumerate(levers)
+        for training in (trainings if i == 0 else trainings[:2])
     ]
 
 
-@pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize("method", ["qlora", "lora"])
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("qlora", torch.bfloat16), ("qlora", torch.float16), ("lora", torch.bfloat16)]
+)
 def test_runs_on_one_model(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = str(build_tiny_llava(tmp_path / "model", image_px=32, num_layers=5))
     configs, spec = configs_of(model, method), resolve(model)
@@ -69,6 +69,6 @@ def test_runs_on_one_model(method: str, dtype: torch.dtype, tmp_path: Path) -> N
     )
     for config in configs:
         work = workload_of(config)
-        for validates in (False, True):
+        for validates in (False, True) if config is configs[0] else (False,):
             found = remembering.run(config, work, validates=validates)
             assert_equal(found, simulating_all.run(config, work, validates=validates))
