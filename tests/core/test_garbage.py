@@ -40,3 +40,14 @@ def test_what_was_there_is_not_looked_at_and_what_is_new_is() -> None:
         assert old() is not None
     gc.collect()
     assert old() is None
+
+
+def test_an_inner_block_leaves_the_outer_one_as_it_is() -> None:
+    old = weakref.ref(_Ring())
+    with present_objects_kept():
+        with present_objects_kept():
+            pass
+        gc.collect()
+        assert old() is not None
+    gc.collect()
+    assert old() is None

@@ -175,11 +175,11 @@ def _answer(question: Question, data: UserData | None) -> Plan:
     spec = resolve(question.config.model.name, question.config.model.revision)
     with collector_paused():
         from eightgig.plan.search import search  # noqa: F401 - with all that planning needs; it takes seconds
-        from eightgig.plan.workload import largest_workload
+        from eightgig.plan.workload import LargestWorkloads
 
     rates = rates_at_hand(question.gpu, question.driver)
     if data is None:
-        planned = _planned(question, spec, rates, lambda config: largest_workload(config, spec))
+        planned = _planned(question, spec, rates, LargestWorkloads(spec))
         return replace(planned, workload={**planned.workload, "data": None})
     return _answer_with(question, spec, rates, data)
 

@@ -21,7 +21,13 @@ def collector_paused() -> Iterator[None]:
 
 @contextlib.contextmanager
 def present_objects_kept() -> Iterator[None]:
-    """Inside, garbage is looked for among what is made there alone, not among all that lives already."""
+    """Inside, garbage is looked for among what is made there alone, not among all that lives already.
+
+    Within another such block it does nothing: what lives where that begins stays away until it ends.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.freeze()
     try:
         yield

@@ -26,6 +26,7 @@ from eightgig.plan.layer_signature import Unlike, arguments_signature, forward_s
 from eightgig.plan.op_costs import OpCost
 from eightgig.plan.recorder import Ledger, Recorder
 from eightgig.plan.tape import play
+from eightgig.plan.trace import MemoryTrace
 
 MIN_EQUAL_LAYERS = 3  # fewer are not worth a tape
 
@@ -100,7 +101,7 @@ class LayerMemo:
         else:
             live: dict[int, int] = {}
             category = self.recorder.category if self.recorder.category != OTHER else LAYER_AT_WORK
-            play(recording.forward, self.recorder.ledger, live, _ignore, category)
+            play(recording.forward, _trace_of(self.recorder), live, _ignore, category)
             _add(self.recorder.costs, recording.forward_costs)
             outputs = tuple(_hand_out(self.recorder, recording.outputs, live))
             _free_all(self.recorder.ledger, live)
@@ -163,7 +164,7 @@ class _PlayedLayer(torch.autograd.Function):
         ctx.recorder, ctx.recording, ctx.parameters, ctx.held = recorder, recording, parameters, held
         live: dict[int, int] = {}
         ctx.live = live
-        play(recording.forward, recorder.ledger, live, _ignore)
+        play(recording.forward, _trace_of(recorder), live, _ignore)
         _add(recorder.costs, recording.forward_costs)
         outputs = _hand_out(recorder, recording.outputs, live)
         recorder.label(outputs, LAYER_OUTPUTS)
@@ -184,7 +185,7 @@ class _PlayedLayer(torch.autograd.Function):
                 if taken is not None:
                     live[block] = taken
 
-        play(recording.backward, recorder.ledger, live, ctx.held.let_go)
+        play(recording.backward, _trace_of(recorder), live, ctx.held.let_go)
         _add(recorder.costs, recording.backward_costs)
         parameters = ctx.parameters
         fresh = _hand_out(recorder, [shape for _, shape in recording.parameter_gradients], live)
@@ -206,6 +207,12 @@ def _is_ours_alone(gradient: Tensor, shape: TensorShape) -> bool:
     if gradient.untyped_storage().nbytes() != shape.storage_bytes:
         return False
     return bool(gradient._use_count() <= _OWN_REFERENCES)  # type: ignore[attr-defined]
+
+
+def _trace_of(recorder: Recorder) -> MemoryTrace:
+    """The run's trace: no layer is played onto the tape of another."""
+    assert isinstance(recorder.ledger, MemoryTrace)
+    return recorder.ledger
 
 
 def _hand_out(recorder: Recorder, shapes: Sequence[TensorShape], live: dict[int, int]) -> list[Tensor]:

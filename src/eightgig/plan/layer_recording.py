@@ -17,7 +17,7 @@ from eightgig.plan.fake_ops import fresh_fake, span_bytes
 from eightgig.plan.layer_signature import Unlike
 from eightgig.plan.op_costs import OpCost
 from eightgig.plan.recorder import Recorder
-from eightgig.plan.tape import Event, Tape
+from eightgig.plan.tape import Event, Stretch, Tape, stretches
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LayerRecording:
     """What a call of a layer does.
 
     Attributes:
-        forward, backward: its events, in blocks of one tape.
+        forward, backward: the stretches of its events, in blocks of one tape.
         inputs: of each tensor argument the block.
         kept_inputs: blocks of those that the layer refers to after its forward pass.
         outputs: the tensors it returns, put together by `output_structure`.
@@ -55,8 +55,8 @@ class LayerRecording:
         parameter_gradients: of each parameter that had none before, its name and gradient.
     """
 
-    forward: list[Event] = field(default_factory=list)
-    backward: list[Event] = field(default_factory=list)
+    forward: list[Stretch | Event] = field(default_factory=list)
+    backward: list[Stretch | Event] = field(default_factory=list)
     inputs: list[int] = field(default_factory=list)
     kept_inputs: list[int] = field(default_factory=list)
     outputs: list[TensorShape] = field(default_factory=list)
@@ -105,6 +105,26 @@ def make_tensor(shape: TensorShape) -> Tensor:
     return whole.as_strided(shape.size, shape.stride, shape.offset)
 
 
+def shape_of(recorder: Recorder, tensor: Tensor | None) -> TensorShape:
+    """What it takes to make `tensor` anew; its block is that of the present ledger.
+
+    Raises:
+        Unlike: it is not there, or not written down as a block.
+    """
+    block = None if tensor is None else recorder.block_of(tensor)
+    if block is None or not isinstance(tensor, FakeTensor) or not tensor.untyped_storage().nbytes():
+        raise Unlike("it hands on a tensor that is not of its own making")
+    return TensorShape(
+        block,
+        tensor.untyped_storage().nbytes(),
+        tuple(tensor.shape),
+        tensor.stride(),
+        int(tensor.storage_offset()),
+        tensor.dtype,
+        tensor.fake_mode,
+    )
+
+
 class _Session:
     """The run of one recording."""
 
@@ -130,9 +150,9 @@ class _Session:
             if self.backward_end < 0:
                 self.backward_end = len(events)
             del seed, storages
-            recording.backward = events[self.backward_begin : self.backward_end]
+            recording.backward = stretches(events[self.backward_begin : self.backward_end])
             recording.parameter_gradients = [
-                (name, self.shape_of(parameter.grad))
+                (name, shape_of(self.recorder, parameter.grad))
                 for name, parameter in self.layer.named_parameters()
                 if parameter.grad is not None and name not in had_gradient
             ]
@@ -155,11 +175,11 @@ class _Session:
         self.recorder.costs = self.recording.forward_costs
         output = forward(*args, **kwargs)
         self.recorder.costs = None
-        self.recording.forward = list(self.tape.events)
+        self.recording.forward = stretches(self.tape.events)
         flat, self.recording.output_structure = tree_flatten(output)
         if not all(isinstance(leaf, FakeTensor) for leaf in flat):
             raise Unlike("it returns other things than tensors")
-        self.recording.outputs = [self.shape_of(leaf) for leaf in flat]
+        self.recording.outputs = [shape_of(self.recorder, leaf) for leaf in flat]
         self.recording.has_backward = any(leaf.requires_grad for leaf in flat)
         return flat
 
@@ -181,21 +201,6 @@ class _Session:
                 copies[place] = tensor
         remaining = iter(copies)
         return [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-
-    def shape_of(self, tensor: Tensor) -> TensorShape:
-        """What it takes to make `tensor` anew."""
-        block = self.recorder.block_of(tensor)
-        if block is None or not isinstance(tensor, FakeTensor) or not tensor.untyped_storage().nbytes():
-            raise Unlike("it hands on a tensor that is not of its own making")
-        return TensorShape(
-            block,
-            tensor.untyped_storage().nbytes(),
-            tuple(tensor.shape),
-            tensor.stride(),
-            int(tensor.storage_offset()),
-            tensor.dtype,
-            tensor.fake_mode,
-        )
 
 
 def _copy(tensor: Tensor, storages: dict[int, Tensor]) -> Tensor:
@@ -230,7 +235,7 @@ class _Begin(torch.autograd.Function):
         session.recorder.costs = None
         for place, gradient in zip(ctx.places, gradients, strict=True):
             if gradient is not None:
-                session.recording.input_gradients[place] = session.shape_of(gradient)
+                session.recording.input_gradients[place] = shape_of(session.recorder, gradient)
         return None, None, None, None
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _PLAIN = (bool, int, float, str, torch.dtype, type(None))
 _NUMBERING = frozenset({"layer_idx", "layer_index", "layer_number", "layer_id"})
 """Attributes that tell a layer its place, and change nothing about what it allocates without a key-value cache."""
+_DIGESTS = WeakTensorKeyDictionary()  # of tensors as they were at some version: (version, digest)
 
 
 class Unlike(Exception):
@@ -88,5 +90,13 @@ def _of_argument(leaf: Any, groups: dict[int, int]) -> Any:
 
 
 def _digest(tensor: Tensor) -> bytes:
+    """Of its content; worked out once for the many layers that are given the same tensor."""
+    if tensor not in _DIGESTS or _DIGESTS[tensor][0] != tensor._version:
+        _DIGESTS[tensor] = (tensor._version, _new_digest(tensor))
+    digest: bytes = _DIGESTS[tensor][1]
+    return digest
+
+
+def _new_digest(tensor: Tensor) -> bytes:
     values = tensor.detach().contiguous().view(-1)
     return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).digest()

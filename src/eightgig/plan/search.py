@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from eightgig.config.levers import automatic_paths
+from eightgig.core.garbage import present_objects_kept
 from eightgig.models.host_weights import EMBEDDING, STREAMED
 from eightgig.models.quantization import TOWER_IN_4BIT
 from eightgig.plan.candidates import Candidate, Candidates, Changes, WorkloadOf
@@ -94,6 +95,11 @@ def search(
     """
     request = Request(config, spec, gpu, reserve_bytes, fixed, workload_of, rates or card_rates(gpu))
     candidates = Candidates(config, spec, gpu, request.budget_bytes, workload_of, request.rates)
+    with present_objects_kept():
+        return _fastest(request, candidates)
+
+
+def _fastest(request: Request, candidates: Candidates) -> Plan:
     whole = candidates.with_validation()
     fitting = list(_fitting(request, candidates))
     fewer = fewer_checkpointed(candidates, fitting, pinned_levers(candidates))

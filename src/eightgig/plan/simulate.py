@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -27,7 +25,7 @@ from eightgig.models.precision import Precision
 from eightgig.models.tower_features import check_features_can_be_kept, check_tower_is_fixed
 from eightgig.models.trainable import weights_to_save
 from eightgig.plan.cached_features import SimulatedFeatures
-from eightgig.plan.categories import GRADIENTS, OPTIMIZER, OTHER
+from eightgig.plan.categories import OTHER
 from eightgig.plan.cuda_functions import fuse_dropout
 from eightgig.plan.cuda_rules import CudaRules
 from eightgig.plan.fake_model import CPU, CUDA, build_fake
@@ -37,6 +35,7 @@ from eightgig.plan.layer_memo import LayerMemo
 from eightgig.plan.op_costs import OpCost
 from eightgig.plan.parts import label_weights, tell_parts
 from eightgig.plan.recorder import Recorder
+from eightgig.plan.simulated_steps import NUM_STEPS, SimulatedSteps, UpdateMemo
 from eightgig.plan.trace import MemoryTrace
 from eightgig.plan.workload import Workload
 from eightgig.step.build import (
@@ -53,8 +52,6 @@ if TYPE_CHECKING:
     from eightgig.registry import ModelSpec
 
 _ASKS_FOR_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
-
-NUM_STEPS = 2  # optimizer states appear in the first; the second is what all later ones are like
 
 MAX_MICRO_BATCHES = 2  # the first makes the gradients, the second finds them there, as all later ones do
 
@@ -106,11 +103,12 @@ class Simulator:
     ) -> None:
         """Build the model, which needs neither weights nor a GPU.
 
-        With `remembers_layers` equal layers are simulated once for all runs, with the same traces as without.
+        With `remembers_layers` equal layers, passes and updates are simulated once, with the same traces as without.
         """
         self._spec = spec
         self._precision = precision
         self._memos: dict[str, LayerMemo] | None = {} if remembers_layers else None
+        self._updates = UpdateMemo() if remembers_layers else None
         self._loading = MemoryTrace()
         self._loading.mark("load")
         self._recorder = Recorder(self._loading, CudaRules(compute_capability))
@@ -193,28 +191,26 @@ class Simulator:
                 self._features = SimulatedFeatures(model, spec, work.batch, compute, self._recorder)
         batch = self._on_host(work.batch)
         num_micro_batches = min(config.training.gradient_accumulation_steps, MAX_MICRO_BATCHES)
-        micro_batches, update = Counter[OpCost](), Counter[OpCost]()
+        steps = SimulatedSteps(
+            step,
+            self._recorder,
+            trace,
+            repeats=self._memos is not None and not config.hardware.streamed_layers,
+            updates=None if validates else self._updates,
+            settings=_update_settings(config),
+        )
         with self._recorder:
             if validates:
                 trace.mark("validate")
                 self._validate(work, compute)
-            for index in range(NUM_STEPS):
-                is_last = index == NUM_STEPS - 1  # the one whose costs are those of all later ones
-                trace.mark("train")
-                self._recorder.costs = micro_batches if is_last else None
-                step([batch] * num_micro_batches, batch.num_target_tokens)
-                self._recorder.costs = update if is_last else None
-                self._recorder.category = OTHER
-                self._recorder.label((parameter.grad for parameter in step.trainable.values()), GRADIENTS)
-                step.apply(step.finish_gradients())
-                self._recorder.label(_states(step), OPTIMIZER)
-            self._recorder.costs = None
+            passes, update = steps.run([batch] * num_micro_batches, batch.num_target_tokens)
             if validates:
                 trace.mark("validate")
                 self._validate(work, compute)
                 trace.mark("save")
                 self._save(step)
-        costs = {cost: count / num_micro_batches for cost, count in micro_batches.items()}
+        self._recorder.continue_in(self._loading)  # what goes from here on, whenever the collector comes, is no event
+        costs = {cost: count / num_micro_batches for cost, count in passes.items()}
         feature_bytes = 0 if self._features is None else self._features.num_bytes
         return replace(_result(trace, model, costs, update), feature_bytes=feature_bytes)
 
@@ -262,6 +258,11 @@ def _layer_settings(config: TrainingConfig) -> str:
     return config.model_dump_json(exclude={"preset": True, **OUTSIDE_LAYERS})
 
 
+def _update_settings(config: TrainingConfig) -> str:
+    """What of `config` may change an update, beside the gradients."""
+    return config.training.model_dump_json(exclude=OUTSIDE_LAYERS["training"] - {"optimizer"})
+
+
 def _result(
     trace: MemoryTrace,
     model: nn.Module,
@@ -276,11 +277,6 @@ def _result(
         micro_batch_costs=micro_batch_costs,
         update_costs=update_costs,
     )
-
-
-def _states(step: TrainingStep) -> list[torch.Tensor]:
-    states = (value for state in step.optimizer.state.values() for value in state.values())
-    return [state for state in states if isinstance(state, torch.Tensor)]
 
 
 def _quantised_bytes(parameter: Any) -> int:

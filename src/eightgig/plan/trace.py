@@ -7,6 +7,9 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from eightgig.plan.blocks import round_size
 from eightgig.plan.categories import OTHER, WORKSPACES
 
@@ -22,6 +25,32 @@ UNNAMED_PHASE = "start"
 
 def _int64() -> array[int]:
     return array("q")
+
+
+@dataclass(frozen=True, eq=False)
+class TracePart:
+    """Events to be written into a trace at once, as often as they come.
+
+    Blocks that it allocates are numbered from 0. One from outside, which it frees, has a negative number: -1 is the
+    first of those that `MemoryTrace.extend` is given.
+
+    Attributes:
+        blocks, sizes_bytes: int64, as in `MemoryTrace`.
+        categories: of each block that it allocates.
+        is_live: of each block that it allocates, 1 where it doesn't free it.
+        empty_blocks: those of zero bytes.
+    """
+
+    blocks: npt.NDArray[np.int64]
+    sizes_bytes: array[int]
+    categories: Sequence[str]
+    is_live: bytes
+    empty_blocks: Sequence[int] = ()
+
+    @property
+    def live_blocks(self) -> list[int]:
+        """Those of its blocks that it doesn't free."""
+        return [block for block, is_live in enumerate(self.is_live) if is_live]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +73,7 @@ class MemoryTrace:
     categories: list[str] = field(default_factory=list)
     _live: bytearray = field(default_factory=bytearray, repr=False)
     _empty_blocks: set[int] = field(default_factory=set, repr=False)
-    _keys: set[str] = field(default_factory=set, repr=False)
+    _blocks_by_key: dict[str, int] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         """How many events there are; marks and blocks of zero bytes are none."""
@@ -76,9 +105,8 @@ class MemoryTrace:
 
     def alloc_once(self, key: str, size_bytes: int) -> None:
         """Allocate, where `key` is new, a block that stays: what a library keeps for itself from its first call on."""
-        if key not in self._keys:
-            self._keys.add(key)
-            self.alloc(size_bytes, WORKSPACES)
+        if key not in self._blocks_by_key:
+            self._blocks_by_key[key] = self.alloc(size_bytes, WORKSPACES)
 
     def label(self, block: int, category: str) -> None:
         """Put `block` into `category`, over its whole life."""
@@ -102,6 +130,57 @@ class MemoryTrace:
     def is_live(self, block: int) -> bool:
         """Whether there is a block of that number, and it was not freed yet."""
         return block < len(self._live) and self._live[block] == 1
+
+    def extend(self, part: TracePart, outside: Sequence[int] = ()) -> int:
+        """Write the events of `part`, and return the number that its block 0 gets; the others follow.
+
+        `outside` are the blocks from outside that it frees.
+        """
+        first = len(self._live)
+        numbers = part.blocks + first
+        if outside:
+            is_outside = part.blocks < 0
+            numbers[is_outside] = np.array(outside)[-1 - part.blocks[is_outside]]
+            for block in numbers[is_outside].tolist():
+                self._live[block] = 0
+        self.blocks.frombytes(numbers.tobytes())
+        self.sizes_bytes.extend(part.sizes_bytes)
+        self.categories.extend(part.categories)
+        self._live.extend(part.is_live)
+        self._empty_blocks.update(first + block for block in part.empty_blocks)
+        return first
+
+    @property
+    def end(self) -> tuple[int, int]:
+        """How many events and how many blocks there are by now."""
+        return len(self.blocks), len(self._live)
+
+    def part_since(self, end: tuple[int, int], outside: Sequence[int] = ()) -> TracePart | None:
+        """What was written since `end` was the trace's, without blocks that stay (`alloc_once`).
+
+        None where that can't be written again: it frees other blocks from outside than those given, or empties the
+        cache.
+        """
+        first_event, first = end
+        staying = np.array([block - first for block in self._blocks_by_key.values() if block >= first], dtype=np.int64)
+        blocks = np.frombuffer(self.blocks[first_event:], dtype=np.int64) - first
+        sizes = np.frombuffer(self.sizes_bytes[first_event:], dtype=np.int64)
+        is_kept = ~np.isin(blocks, staying)
+        blocks, sizes = blocks[is_kept], sizes[is_kept]
+        numbers = {block - first: -1 - i for i, block in enumerate(outside)}
+        is_outside = blocks < 0
+        if (sizes == CACHE_EMPTIED).any() or not set(blocks[is_outside].tolist()) <= numbers.keys():
+            return None
+        own = np.delete(np.arange(len(self._live) - first), staying)
+        renumbered = np.searchsorted(own, blocks)
+        renumbered[is_outside] = [numbers[block] for block in blocks[is_outside].tolist()]
+        return TracePart(
+            renumbered,
+            array("q", sizes.tolist()),
+            [self.categories[first + block] for block in own],
+            bytes(self._live[first + block] for block in own),
+            [i for i, block in enumerate(own) if first + block in self._empty_blocks],
+        )
 
     def copy(self) -> MemoryTrace:
         """A trace that goes on from here by itself."""

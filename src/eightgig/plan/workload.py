@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from eightgig.registry import ModelSpec
 
 QUESTION = "What is shown?"
+_BATCH_SIZE = {"training": {"batch_size"}}
 WORD = "a "  # at least one token in every vocabulary, so that enough of them fill a sample
 
 
@@ -53,6 +54,21 @@ def largest_workload(config: TrainingConfig, spec: ModelSpec) -> Workload:
     encoder, processor = build_encoder(with_standin(config), spec)
     sample = _largest_sample(config.data.image_size or spec.facts.image_px, config.data.max_length)
     return workload_of((sample,) * config.training.batch_size, encoder, processor, config)
+
+
+class LargestWorkloads:
+    """`largest_workload` for variants of a run's settings: made once for those that it is equal for."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self._known: dict[str, Workload] = {}
+
+    def __call__(self, config: TrainingConfig) -> Workload:
+        """The micro-batch of `config`. Raises what `largest_workload` does."""
+        key = config.model_dump_json(include={"model": True, "data": True, "validation": True, **_BATCH_SIZE})
+        if key not in self._known:
+            self._known[key] = largest_workload(config, self._spec)
+        return self._known[key]
 
 
 def with_standin(config: TrainingConfig) -> TrainingConfig:
