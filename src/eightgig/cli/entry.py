@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 to 7 the user's errors of `core.errors`, 2 also a wrong op
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -31,7 +32,9 @@ def main() -> None:
     # where other programs want the same cores (docs/log.md, 2026-11-24).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     prefer_expandable_segments()  # read by PyTorch's allocator
-    sys.exit(run_command(sys.argv[1:]))
+    exit_code = run_command(sys.argv[1:])
+    gc.freeze()  # the system takes it all back; Python would search a plan's objects for garbage first, a second long
+    sys.exit(exit_code)
 
 
 def run_command(arguments: Sequence[str]) -> int:

@@ -25,27 +25,35 @@ class _Whole:
 
 
 def fewer_checkpointed(
-    candidates: Candidates, fitting: Sequence[tuple[Changes, Candidate]], fixed: Collection[str]
+    candidates: Candidates,
+    fitting: Sequence[tuple[Changes, Candidate]],
+    fixed: Collection[str],
+    without: Candidate | None = None,
 ) -> Iterator[tuple[Changes, Candidate]]:
     """Of the `fitting` variants that checkpoint all layers, the one that gains most, with the fewest that fit; if any.
 
-    One variant with a single checkpointed layer tells what a whole one takes; with it the gain of each is estimated,
-    and where to look. Three simulations are the rule, at most three and the logarithm of the number of layers.
+    A variant that checkpoints no layer, or one with a single checkpointed layer, tells what a whole one takes; with it
+    the gain of each is estimated, and where to look. Two simulations beside it are the rule, at most two and the
+    logarithm of the number of layers.
 
     Args:
         candidates: makes variants.
         fitting: variants that fit, and their changes.
         fixed: settings that stay.
+        without: the smallest of the `fitting` ones without checkpointing, where it has been simulated.
     """
     num_layers = candidates.num_decoder_layers
     options = [(changes, found) for changes, found in fitting if _checkpoints_all(found)]
     if CHECKPOINTED_LAYERS in fixed or not options or num_layers < 2:
         return
     smallest, all_of_it = min(options, key=lambda option: option[1].config.training.batch_size)
-    one = candidates.get({**smallest, CHECKPOINTED_LAYERS: 1})
-    if one is None:
-        return
-    whole = _whole_layer(all_of_it, one, num_layers)
+    if without is not None and without.work is all_of_it.work:
+        whole = _whole_layer(all_of_it, without, num_layers, num_checkpointed=0)
+    else:
+        one = candidates.get({**smallest, CHECKPOINTED_LAYERS: 1})
+        if one is None:
+            return
+        whole = _whole_layer(all_of_it, one, num_layers, num_checkpointed=1)
 
     def num_whole(found: Candidate) -> int:
         return _num_whole(found, candidates.budget_bytes, whole, num_layers)
@@ -93,15 +101,16 @@ def _checkpoints_all(found: Candidate) -> bool:
     return hardware.gradient_checkpointing and hardware.levers.checkpointed_layers is None
 
 
-def _whole_layer(all_of_it: Candidate, one: Candidate, num_layers: int) -> _Whole:
-    """From a run that checkpoints all layers, and one that checkpoints one of them.
+def _whole_layer(all_of_it: Candidate, few: Candidate, num_layers: int, *, num_checkpointed: int) -> _Whole:
+    """From a run that checkpoints all layers, and one that checkpoints `num_checkpointed` of them.
 
     The last of the whole ones lies where a checkpointed one would be computed again, and takes nothing more.
     """
-    more_bytes = one.result.peak_reserved_bytes - all_of_it.result.peak_reserved_bytes
-    less_s = 0.0 if one.time is None or all_of_it.time is None else all_of_it.time.step_s - one.time.step_s
+    more_bytes = few.result.peak_reserved_bytes - all_of_it.result.peak_reserved_bytes
+    less_s = 0.0 if few.time is None or all_of_it.time is None else all_of_it.time.step_s - few.time.step_s
     batch_size = all_of_it.config.training.batch_size
-    return _Whole(max(more_bytes, 0) / max(num_layers - 2, 1) / batch_size, less_s / (num_layers - 1))
+    num_whole = num_layers - num_checkpointed
+    return _Whole(max(more_bytes, 0) / max(num_whole - 1, 1) / batch_size, less_s / num_whole)
 
 
 def _num_whole(found: Candidate, budget_bytes: int, whole: _Whole, num_layers: int) -> int:

@@ -37,6 +37,7 @@ LENGTH = "data.max_length"
 PRESET = "preset"
 
 MAX_BATCH = 16  # samples at once, twice the most measured (benchmarks/results/search_accuracy.json)
+NO_DOUBT = 1.1  # times the budget
 LENGTH_STEP_TOKENS = 64
 SMALL_CHUNK_TOKENS = 256  # as preset ultra_low_memory has it
 
@@ -102,7 +103,9 @@ def search(
 def _fastest(request: Request, candidates: Candidates) -> Plan:
     whole = candidates.with_validation()
     fitting = list(_fitting(request, candidates))
-    fewer = fewer_checkpointed(candidates, fitting, pinned_levers(candidates))
+    fewer = fewer_checkpointed(
+        candidates, fitting, pinned_levers(candidates), _without_checkpointing(request, candidates)
+    )
     fitting = [*fewer, *fitting]  # the first of equally fast ones is taken
     for changes, _ in sorted(fitting, key=lambda pair: _seconds(pair[1])):
         planned = _plan(request, whole, changes)
@@ -120,12 +123,38 @@ def _fastest(request: Request, candidates: Candidates) -> Plan:
 def _fitting(request: Request, candidates: Candidates) -> Iterator[tuple[Changes, Candidate]]:
     """Changes that fit, simulated in such an order that few are in vain: memory grows with the batch."""
     for checkpointing in _checkpointing(request):
+        smaller: list[Candidate] = []
         for batch in _batches(request):
             changes = checkpointing | batch
+            size = batch.get(BATCH, request.config.training.batch_size)
+            if _is_out_of_reach(size, smaller, candidates.budget_bytes):
+                break
             found = candidates.get(changes)
             if found is None or not found.fits:
                 break
+            smaller.append(found)
             yield changes, found
+
+
+def _is_out_of_reach(size: int, smaller: Sequence[Candidate], budget_bytes: int) -> bool:
+    """Whether the last two of the `smaller` batches leave no doubt that one of `size` samples does not fit.
+
+    Memory is nearly a straight line in the samples that go through at once.
+    """
+    if len(smaller) < 2:
+        return False
+    (size_0, bytes_0), (size_1, bytes_1) = (
+        (found.config.training.batch_size, found.device_bytes) for found in smaller[-2:]
+    )
+    estimated_bytes = bytes_1 + (bytes_1 - bytes_0) / (size_1 - size_0) * (size - size_1)
+    return estimated_bytes > NO_DOUBT * budget_bytes
+
+
+def _without_checkpointing(request: Request, candidates: Candidates) -> Candidate | None:
+    """The smallest variant that checkpoints no layer, where the search has come to it."""
+    if CHECKPOINTING in request.fixed or not request.config.hardware.gradient_checkpointing:
+        return None
+    return candidates.get({**_checkpointing(request)[1], **_batches(request)[0]})
 
 
 def _checkpointing(request: Request) -> list[dict[str, object]]:
