@@ -16,7 +16,7 @@ demo: $(FILLED) ## fine-tune the small model that ships in the package, on this 
 	$(BIN)/eightgig demo
 
 test: $(FILLED) ## all tests that need no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(FILLED) docs ## format, lint, types, who may import whom, documentation
 	$(BIN)/ruff format --check .

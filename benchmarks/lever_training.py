@@ -183,6 +183,8 @@ def main() -> None:
             rows[:] = [*(other for other in rows if other["name"] != row["name"]), row]
             write_record(arguments.out, name="lever_training", figures={"runs": rows}, conditions=conditions)
 
+    # A shell has what it puts into the background ignore it, and so do that one's own processes.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments.work.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(arguments.at_once) as pool:
         list(pool.map(measured, runs))

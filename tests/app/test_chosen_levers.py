@@ -45,9 +45,9 @@ from eightgig.train.events import SilentListener
 config, folder, vram_bytes = load_config(Path(sys.argv[1])).config, Path(sys.argv[2]), int(sys.argv[3])
 load_model, rank = setup.load_model, os.environ["RANK"]
 
-def noted(config, *arguments):
+def noted(config, *arguments, **options):
     Path(f"{folder}-{rank}.json").write_text(json.dumps(asdict(config.hardware.levers)))
-    return load_model(config, *arguments)
+    return load_model(config, *arguments, **options)
 
 def card(device):
     assert rank == "0", "only the main process plans"

@@ -72,6 +72,7 @@ RECEIPT: dict[str, Any] = {
     "num_trainable": 0,
     "bytes_16bit": 13_559_025_664,
     "bytes_now": 3_946_205_184,
+    "tower_difference": None,
 }
 GENERATIONS: tuple[dict[str, Any], ...] = (
     {"step": 50, "sample_id": "a", "images": [], "question": "How tall is bar 3?", "expected": "7"}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,15 @@ except KeyboardInterrupt:
 """What stands in for `eightgig train`: it takes steps, can be interrupted, and goes on."""
 
 
+@pytest.fixture
+def heeded_interrupts() -> Iterator[None]:
+    """Processes that are started inside can be interrupted, even where these tests run in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded_interrupts")
 def test_a_run_is_interrupted_and_resumed(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "training.py"
     script.write_text(TRAINING)
