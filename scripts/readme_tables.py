@@ -24,6 +24,7 @@ from safetensors import safe_open
 from eightgig import registry
 from eightgig.cli.plan_matrix import card_rows, model_rows
 from eightgig.config import ConfigPresets
+from eightgig.config.values import shown
 from eightgig.core.units import MIB, format_bytes, format_duration
 from eightgig.report.wording import format_count, format_share
 
@@ -155,6 +156,8 @@ def table_rows(name: str) -> list[list[str]]:
         return longest_rows(_record("longest_texts"))
     if name == "lever_prices":
         return lever_rows(read_records(name))
+    if name == "levers_8gb":
+        return capped_rows(_record(name)["figures"])
     if name in CARD_TABLES:
         return [list(row) for row in CARD_TABLES[name](_record("card_table")["figures"])]
     return record_rows(read_records(name))
@@ -322,6 +325,40 @@ def _came_through(run: Mapping[str, Any]) -> str:
     if run["ran"]:
         return f"ran, {format_bytes(run['reserved_bytes'])} reserved"
     return "ran out of memory" if run["ran_out_of_memory"] else "failed"
+
+
+def capped_rows(figures: Mapping[str, Any]) -> list[list[str]]:
+    """Runs with levers under a cap, and without, beside a peer's in the same call; those that came to their end."""
+    head = ["run", "tokens", "cap", "levers", "planned", "reserved", "counted", "step", "tokens/s", "moved a step"]
+    rows = [head]
+    for row in (row for row in figures["runs"] if "step_s" in row):
+        plan = row["planned"]
+        cap_gib = plan["cap_gib"]
+        rows.append(
+            [
+                f"`{plan['model']}`",
+                f"{plan['tokens']:,}",
+                "–" if cap_gib is None else f"{cap_gib:g} GiB",
+                ", ".join(f"`{name}={shown(value)}`" for name, value in plan["levers"].items()),
+                format_bytes(plan["reserved_bytes"]),
+                format_bytes(row["reserved_bytes"]),
+                format_bytes(row["counted_bytes"]),
+                f"{row['step_s']:.2f} s",
+                f"{row['tokens_per_s']:,.0f}",
+                format_bytes(row["moved_bytes"]),
+            ]
+        )
+    for row in (row for row in figures["peers"] if row.get("ok")):
+        cells = [
+            row["fw"].capitalize() + f" (`{row['ckpt']}`)",
+            f"{row['seq']:,}",
+            f"{row['cap']:g} GiB",
+            "",
+            "",
+        ]
+        reserved = f"{row['peak_reserved_GiB']:.2f} GiB"
+        rows.append([*cells, reserved, "", f"{row['step_s']:.2f} s", f"{row['tok_s']:,}", ""])
+    return rows
 
 
 def lever_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
