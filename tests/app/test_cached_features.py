@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tests import tiny
 from tests.app.command_line import CommandLine
+from tests.app.listening import Listener
 
 from eightgig.app.training import resume
 from eightgig.config import TrainingConfig
@@ -31,19 +32,8 @@ Train = Callable[..., RunOutcome]
 CACHED = {"cache_image_features": True}
 
 
-class Listener(SilentListener):
-    """Keeps the messages; stops after `stop_after` steps."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.texts: list[str] = []
-        self._stop_after = stop_after
-
-    def on_message(self, text: str) -> None:
-        self.texts.append(text)
-
-    def on_step(self, record: Any) -> None:
-        if record["step"] == self._stop_after:
-            raise KeyboardInterrupt
+class FeatureListener(Listener):
+    """Tells what was said of image features."""
 
     @property
     def about_features(self) -> str:
@@ -223,8 +213,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny_config: Config, run_trainin
     config = tiny_config(hardware=CACHED, training={"lora": {"rank": 4, "dropout": 0.2}})
     whole = run_training(config, name="whole")
     with pytest.raises(KeyboardInterrupt):
-        run_training(config, name="stopped", listener=Listener(stop_after=3))
-    listener = Listener()
+        run_training(config, name="stopped", listener=FeatureListener(stop_after=3))
+    listener = FeatureListener()
     resumed = resume(tmp_path / "stopped", listener=listener, command="test")
     assert listener.about_features.endswith("14 of them kept from before")
     assert numbers(resumed.run_folder) == numbers(whole.run_folder)
@@ -243,7 +233,7 @@ def test_only_what_is_new_is_computed(
     assert sum(tower_calls) == NUM_IMAGES
 
     tower_calls.clear()
-    listener = Listener()
+    listener = FeatureListener()
     run_training(config, name="again", listener=listener)
     assert not tower_calls
     assert listener.about_features == f"image features: {NUM_IMAGES} images, {NUM_IMAGES} of them kept from before"
@@ -258,7 +248,7 @@ def test_only_what_is_new_is_computed(
     content[-1] ^= 1
     damaged.unlink()
     damaged.write_bytes(content)
-    listener = Listener()
+    listener = FeatureListener()
     run_training(config, name="damaged", listener=listener)
     assert any(f"{damaged} is damaged" in text for text in listener.texts)
     assert sum(tower_calls) == NUM_IMAGES - 1  # the changed image lies in a file of its own

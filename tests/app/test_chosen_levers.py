@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.app.listening import Listener
 from tests.tiny_families import llava
 from tests.tiny_family import build_tiny_family
 
@@ -23,7 +24,7 @@ from eightgig.core.errors import CheckpointError
 from eightgig.core.units import GIB, MIB
 from eightgig.registry.gpus import RESERVE_GIB, GpuFacts, get_gpu
 from eightgig.train import planning
-from eightgig.train.events import RunOutcome, SilentListener
+from eightgig.train.events import RunOutcome
 
 Config = Callable[..., TrainingConfig]
 Train = Callable[..., RunOutcome]
@@ -59,18 +60,7 @@ train(config, run_folder=folder, listener=SilentListener(), find_card=card)
 """
 
 
-class _Listener(SilentListener):
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.texts: list[str] = []
-        self._stop_after = stop_after
-
-    def on_message(self, text: str) -> None:
-        self.texts.append(text)
-
-    def on_step(self, record: Any) -> None:
-        if record["step"] == self._stop_after:
-            raise KeyboardInterrupt
-
+class _Listener(Listener):
     @property
     def chosen(self) -> list[str]:
         return [text.removeprefix("chosen for this card: ") for text in self.texts if text.startswith("chosen")]

@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests import tiny
+from tests.app.listening import Listener
 
 from eightgig.app.inspection import inspect
 from eightgig.app.training import resume
 from eightgig.config import TrainingConfig
 from eightgig.core.errors import DoesNotFit
 from eightgig.train import tower_difference
-from eightgig.train.events import RunOutcome, SilentListener
+from eightgig.train.events import RunOutcome
 
 Config = Callable[..., TrainingConfig]
 Train = Callable[..., RunOutcome]
@@ -29,21 +30,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's cache folder, empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "eightgig" / "features"
-
-
-class Listener(SilentListener):
-    """Keeps the messages; stops after `stop_after` steps."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.texts: list[str] = []
-        self._stop_after = stop_after
-
-    def on_message(self, text: str) -> None:
-        self.texts.append(text)
-
-    def on_step(self, record: Any) -> None:
-        if record["step"] == self._stop_after:
-            raise KeyboardInterrupt
 
 
 def test_the_receipt_has_the_difference_and_the_proof_reloads_the_same(
