@@ -103,6 +103,16 @@ def test_plain_yaml_readers_read_the_same_values(config: TrainingConfig) -> None
     assert yaml.safe_load(text) == json.loads(config.model_dump_json())
 
 
+@pytest.mark.parametrize("separator", ["\x85", "\u2028", "\u2029"])
+@pytest.mark.parametrize("name", ["0{}", "{}0", "a{}b", "a{0}{0}b", "no{} "])
+def test_yaml_keeps_what_its_readers_take_for_ends_of_lines(tmp_path: Path, name: str, separator: str) -> None:
+    config = TrainingConfig(data={"data_path": name.format(separator)})
+    save_config(config, tmp_path / "run.yaml")
+    text = (tmp_path / "run.yaml").read_text(encoding="utf-8")
+    assert load_config(tmp_path / "run.yaml").config == config
+    assert yaml.safe_load(text)["data"]["data_path"] == name.format(separator)
+
+
 @pytest.mark.parametrize("name", ConfigPresets.names())
 @pytest.mark.parametrize("suffix", [".json", ".yaml", ".yml"])
 def test_presets_survive_a_file(tmp_path: Path, name: str, suffix: str) -> None:

@@ -44,6 +44,13 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """SafeDumper that quotes text which YAML 1.1 or 1.2 would read as anything else."""
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        # YAML 1.1 takes these for ends of lines, which PyYAML folds in every style but the one that escapes them
+        style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 for _tag, _pattern, _first in (
     ("bool", r"true|false", "tf"),
