@@ -81,6 +81,23 @@ def test_all_ways_of_batching_train_alike(tiny_config: Config, run_training: Tra
         assert record["padding_share"] == 1 - record["num_tokens"] / record["num_computed_tokens"] > 0
 
 
+def test_levers_on_memory_change_nothing_about_a_packed_run(
+    tiny_config: Config, run_training: Train, uneven_data: Path
+) -> None:
+    config = settings(tiny_config, uneven_data, "packed", max_steps=2)
+    plain = step_records(run_training(config, name="plain").run_folder)
+    levers = {
+        "cache_image_features": True,
+        "offload_layer_inputs": True,
+        "mlp_tile_tokens": 20,
+        "embedding_on_host": True,
+        "streamed_layers": 2,
+    }
+    config = config.model_copy(update={"hardware": config.hardware.model_copy(update=levers)})
+    ours = step_records(run_training(config, name="levers").run_folder)
+    assert [record["loss"] for record in ours] == pytest.approx([record["loss"] for record in plain], rel=1e-5)
+
+
 def test_a_packed_run_goes_on_as_if_it_had_not_stopped(
     tiny_config: Config, run_training: Train, uneven_data: Path
 ) -> None:

@@ -195,10 +195,10 @@ def test_rows_that_samples_share(batch_size: int, settings: Settings, tmp_path: 
 def test_samples_of_nearly_equal_length_pad_less(settings: Settings, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", [{"question": "q", "answer": "a" * length} for length in range(1, 101)])
     config = settings(4, 25, val_fraction=0)
-    sorted_ = config.model_copy(update={"training": config.training.model_copy(update={"batching": "by_length"})})
-    sorted_ = TrainingConfig.model_validate(sorted_.model_dump(mode="json"))
+    training = config.training.model_copy(update={"batching": Batching.BY_LENGTH})
+    by_length = config.model_copy(update={"training": training})
     tokens = sorted(num for num, _ in encoded_tokens(config, read_all(config, tmp_path)))
-    usual = workloads_of(sorted_, tmp_path).usual.batch.model_inputs["input_ids"].shape[1]
+    usual = workloads_of(by_length, tmp_path).usual.batch.model_inputs["input_ids"].shape[1]
     assert abs(usual - sum(tokens[3::4]) / 25) <= 3
     assert workloads_of(config, tmp_path).usual.batch.model_inputs["input_ids"].shape[1] > usual + 20
 

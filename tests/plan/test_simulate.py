@@ -37,6 +37,7 @@ from eightgig.step.build import (
     offload_as_configured,
     tile_as_configured,
 )
+from tiny_family import all_tiny_families, build_tiny_family
 
 MEASURED = Path(benchmarks.planned_runs.__file__).parent / "results" / "planned_runs_measured_built.json"
 CARD = (8, 6)
@@ -202,6 +203,26 @@ def test_a_shared_row_takes_what_a_real_one_takes(hardware: dict[str, Any], tmp_
     row, plain = largest_workload(config, spec).batch, largest_workload(settings_of(tmp_path / "plain"), spec).batch
     assert len(row.segment_lengths) > len(plain.labels)
     assert row.num_computed_tokens == plain.num_tokens
+    assert simulated_growth(config) == growth_of_training(real_trace(config, spec))
+
+
+@pytest.mark.parametrize("name", ["instructblip", "qwen2_vl", "qwen3_vl", "smolvlm"])
+def test_a_shared_row_of_other_families_takes_what_a_real_one_takes(name: str, tmp_path: Path) -> None:
+    """Positions that a model works out from values are worked out on the host, where values are."""
+    (tiny,) = (each for each in all_tiny_families() if each.name == name)
+    config = TrainingConfig.model_validate(
+        {
+            "model": {"name": str(build_tiny_family(tiny, tmp_path / "model"))},
+            "data": {"max_length": 96},
+            "training": {
+                "batch_size": 2,
+                "gradient_accumulation_steps": 1,
+                "optimizer": "adamw_8bit",
+                "batching": "packed",
+            },
+        }
+    )
+    spec = resolve(config.model.name)
     assert simulated_growth(config) == growth_of_training(real_trace(config, spec))
 
 
