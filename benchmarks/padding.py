@@ -7,7 +7,7 @@ one image of a usual size; their image tokens are those of each model's own rule
 Counted is one epoch of what `StepOrder` gives: tokens with padding, passes, and what attention squares: the pairs of
 positions of a row, or of each sample's stretch of it (causal attention takes half of them either way).
 
-For PLANNED_MODEL also `eightgig plan` is asked, with data files of such samples, a letter of text being about a token of
+For PLANNED_MODEL also `eightgig plan` is asked, with a file of such samples, a letter of text being about a token of
 its stand-in tokenizer: estimated times, and the memory of the largest pass. Nothing is run.
 """
 
