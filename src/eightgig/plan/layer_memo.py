@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from eightgig.memory.kept_tensors import KeptTensors
+from eightgig.plan.call_arguments import open_call
 from eightgig.plan.categories import KEPT_FOR_BACKWARD, LAYER_AT_WORK, LAYER_OUTPUTS, OTHER
 from eightgig.plan.layer_recording import LayerRecording, TensorShape, make_tensor, record_layer
 from eightgig.plan.layer_signature import Unlike, arguments_signature, forward_signature, module_signature
@@ -38,7 +39,7 @@ class LayerMemo:
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
-        self._recordings: dict[Any, LayerRecording] = {}
+        self._recordings: dict[Any, LayerRecording | None] = {}  # None: it can't be recorded
         self._is_recording = False
 
     def wrap(self, model: nn.Module) -> None:
@@ -55,15 +56,18 @@ class LayerMemo:
             # Autocast keeps cast weights beyond the layer. A layer within a recorded one is on its tape.
             if self._is_recording or torch.is_autocast_enabled("cpu"):
                 return self._untaped(forward, args, kwargs)
-            leaves, structure = tree_flatten((args, kwargs))
+            leaves, structure, _ = open_call(args, kwargs)
             try:
                 call = (arguments_signature(leaves), structure, torch.is_grad_enabled())
                 key = (module_signature(layer, parameters.values()), code, *call)
             except Unlike:
                 return self._untaped(forward, args, kwargs)
             if key not in self._recordings:
-                self._recordings[key] = self._record(layer, forward, leaves, structure)
-            return self._play(self._recordings[key], parameters, leaves)
+                self._recordings[key] = self._record(layer, forward, args, kwargs)
+            recording = self._recordings[key]
+            if recording is None:
+                return self._untaped(forward, args, kwargs)
+            return self._play(recording, parameters, leaves)
 
         return wrapped
 
@@ -78,16 +82,14 @@ class LayerMemo:
     def _leave_loss(self, gradient: Tensor) -> None:
         self.recorder.category = OTHER
 
-    def _record(
-        self, layer: nn.Module, forward: Callable[..., Any], leaves: Sequence[Any], structure: Any
-    ) -> LayerRecording:
+    def _record(self, layer: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> LayerRecording | None:
         self._is_recording = True
         # Hooks of the run (`memory.layer_inputs`) need not know of this layer, whose inputs are on the tape. Whoever
         # has hooks has handed over what they hand back.
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: [tensor], lambda held: held.pop())
         try:
             with hooks if _is_hooked() else contextlib.nullcontext():
-                return record_layer(self.recorder, layer, forward, leaves, structure)
+                return record_layer(self.recorder, layer, forward, args, kwargs)
         finally:
             self._is_recording = False
 
