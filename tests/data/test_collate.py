@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eightgig.data.batch import IGNORE_INDEX, EncodedSample
-from eightgig.data.collate import collate
+from eightgig.data.collate import collate, pack
 from eightgig.registry import ImageLayout
 
 PAD = 0
@@ -44,6 +44,32 @@ def test_a_batch_by_hand() -> None:
     assert batch.model_inputs["pixel_values"][:, 0, 0, 0].tolist() == [5.0, 5.0, 3.0]
     assert (batch.num_target_tokens, batch.num_tokens, batch.num_images) == (5, 10, 3)
     assert batch.sample_ids == ("a", "b", "c")
+
+
+def test_a_shared_row_by_hand() -> None:
+    """The second sample's first token is an answer's, and yet no target: a row of its own has none there either."""
+    first = encoded([5, 6, 7], [False, True, True], num_images=2, sample_id="a")
+    second = encoded([8, 9], [True, True], sample_id="b")
+    third = encoded([3, 2], [False, True], num_images=1, sample_id="c")
+    labels = second.labels.clone()
+    row = pack([first, second, third])
+    ignore = IGNORE_INDEX
+    assert row.model_inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 3, 2]]
+    assert row.labels.tolist() == [[ignore, 6, 7, ignore, 9, ignore, 2]]
+    assert torch.equal(second.labels, labels)
+    assert row.model_inputs["pixel_values"][:, 0, 0, 0].tolist() == [5.0, 5.0, 3.0]
+    assert set(row.model_inputs) == {"input_ids", "pixel_values"}
+    assert (row.num_target_tokens, row.num_tokens, row.num_computed_tokens, row.num_images) == (4, 7, 7, 3)
+    assert (row.sample_ids, row.segment_lengths) == (("a", "b", "c"), (3, 2, 2))
+    assert collate([first, second, third], PAD).num_computed_tokens == 9
+
+
+def test_token_inputs_of_a_shared_row_stand_end_to_end() -> None:
+    samples = [encoded([5, 6, 7], [False, True, True]), encoded([8, 9], [False, True])]
+    marks = [torch.arange(len(sample.input_ids) * 4).reshape(-1, 2, 2) for sample in samples]
+    row = pack([dataclasses.replace(s, token_inputs={"marks": m}) for s, m in zip(samples, marks, strict=True)])
+    assert torch.equal(row.model_inputs["marks"][0], torch.cat(marks))
+    assert row.model_inputs["marks"].shape == (1, 5, 2, 2)
 
 
 def test_text_alone_has_no_image_inputs() -> None:

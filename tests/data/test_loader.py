@@ -12,10 +12,13 @@ import torch
 from tests.tiny import write_llava_jsonl
 from transformers import LlavaProcessor
 
+from eightgig.config import Batching
 from eightgig.core.errors import DataError, EnvironmentProblem
 from eightgig.data import encode
 from eightgig.data.batch import EncodedSample, MicroBatch
+from eightgig.data.collate import pack
 from eightgig.data.encode import Encoder
+from eightgig.data.grouping import Grouping
 from eightgig.data.loader import StepLoader, WorkerSettings, validation_batches
 from eightgig.data.order import StepOrder
 from eightgig.data.quarantine import Quarantine
@@ -100,6 +103,39 @@ def test_starting_late_decodes_nothing_that_was_skipped(
     wanted = [samples[index].images[0] for batch in order.micro_batches(5) for index in batch]
     assert decoded == wanted
     assert len(decoded) == 5
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_samples_that_share_rows(
+    samples: tuple[Sample, ...], encoder: Encoder, num_processes: int, num_workers: int
+) -> None:
+    """Each row is the samples that the order puts into it, end to end; processes share a step's rows."""
+    lengths = [encoder.encode(sample).input_ids.numel() for sample in samples]
+    order = StepOrder(NUM_SAMPLES, 2, 3, 7, Grouping(Batching.PACKED, 2, lengths))
+    shares = [
+        list(
+            StepLoader(
+                samples,
+                encoder,
+                order,
+                steps=range(2),
+                workers=WorkerSettings(num_workers, "fork"),
+                process_index=index,
+                num_processes=num_processes,
+            )
+        )
+        for index in range(num_processes)
+    ]
+    for step in range(2):
+        wanted = [[encoder.encode(samples[index]) for index in row] for row in order.micro_batches(step)]
+        assert len(wanted[0]) == 2
+        for index, share in enumerate(shares):
+            rows = wanted[index::num_processes]
+            assert_same([share[step]], [[pack(row) for row in rows]])
+            assert [row.segment_lengths for row in share[step]] == [
+                tuple(len(each.input_ids) for each in row) for row in rows
+            ]
 
 
 @pytest.mark.parametrize("num_processes", [2, 3])

@@ -12,8 +12,10 @@ from tests.tiny import write_image, write_jsonl
 from tests.tiny_families.qwen2_vl import TINY
 from tests.tiny_family import build_tiny_family
 
-from eightgig.config import TrainingConfig
+from eightgig.config import Batching, TrainingConfig
 from eightgig.core.errors import DataError
+from eightgig.data.grouping import Grouping
+from eightgig.data.order import StepOrder
 from eightgig.data.quarantine import Quarantine
 from eightgig.data.sample import Sample
 from eightgig.data.sets import read_data
@@ -162,6 +164,43 @@ def test_the_usual_batch_is_as_long_as_the_mean_one_is_padded(settings: Settings
     of_four = workloads_of(settings(4, val_fraction=0), tmp_path)
     longest = of_four.usual.batch.model_inputs["input_ids"].shape[1]
     assert abs(longest - (tokens[0] + 80.8 - 1)) < 6
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_rows_that_samples_share(batch_size: int, settings: Settings, tmp_path: Path) -> None:
+    """The planned row is as long as the longest samples together, and no row of an epoch has more images; the usual one
+    is an epoch's, in tokens nearest to the mean."""
+    write_jsonl(tmp_path / "train.jsonl", random_records(tmp_path, seed=8, num_samples=30))
+    config = settings(batch_size, 4, val_fraction=0, max_length=120)
+    packed = config.model_copy(update={"training": config.training.model_copy(update={"batching": Batching.PACKED})})
+    plain, found = workloads_of(config, tmp_path), workloads_of(packed, tmp_path)
+    samples = read_all(config, tmp_path)
+    lengths = [num for num, _ in encoded_tokens(config, samples)]
+    order = StepOrder(30, batch_size, 4, config.seed, Grouping(Batching.PACKED, batch_size, lengths))
+    rows = [row for step in range(order.steps_per_epoch) for row in order.micro_batches(step)]
+    longest = sum(sorted(lengths)[-batch_size:])
+    most_images = max(sum(len(samples[index].images) for index in row) for row in rows)
+    for reason, work in found.largest.items():
+        assert work.batch.num_computed_tokens == longest
+        assert work.batch.num_images >= most_images
+        assert work.validation is not None
+        assert lines_of(work.validation) == lines_of(plain.largest[reason])
+    tokens = [sum(lengths[index] for index in row) for row in rows]
+    mean_tokens = sum(tokens) / len(tokens)
+    assert found.usual.num_micro_batches == len(rows) / order.steps_per_epoch
+    nearest = min(abs(each - mean_tokens) for each in tokens)
+    assert abs(found.usual.batch.num_computed_tokens - mean_tokens) == pytest.approx(nearest)
+
+
+def test_samples_of_nearly_equal_length_pad_less(settings: Settings, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [{"question": "q", "answer": "a" * length} for length in range(1, 101)])
+    config = settings(4, 25, val_fraction=0)
+    training = config.training.model_copy(update={"batching": Batching.BY_LENGTH})
+    by_length = config.model_copy(update={"training": training})
+    tokens = sorted(num for num, _ in encoded_tokens(config, read_all(config, tmp_path)))
+    usual = workloads_of(by_length, tmp_path).usual.batch.model_inputs["input_ids"].shape[1]
+    assert abs(usual - sum(tokens[3::4]) / 25) <= 3
+    assert workloads_of(config, tmp_path).usual.batch.model_inputs["input_ids"].shape[1] > usual + 20
 
 
 def read_all(config: TrainingConfig, folder: Path) -> tuple[Sample, ...]:

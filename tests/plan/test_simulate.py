@@ -16,10 +16,11 @@ from tests.tiny import build_tiny_llava
 
 from eightgig.checkpoint.store import write_checkpoint
 from eightgig.checkpoint.training_state import training_state
-from eightgig.config import MixedPrecision, TrainingConfig
+from eightgig.config import Batching, MixedPrecision, TrainingConfig
 from eightgig.memory import layer_inputs
 from eightgig.models.adapters import attach_adapters
 from eightgig.models.load import load_model
+from eightgig.models.packed_rows import pack_as_configured
 from eightgig.models.precision import Precision
 from eightgig.plan.cuda_rules import LT_WORKSPACE_BYTES, WORKSPACE_BYTES, CudaRules
 from eightgig.plan.host_memory import HostBatch, HostCopies, HostTransfers
@@ -36,6 +37,7 @@ from eightgig.step.build import (
     offload_as_configured,
     tile_as_configured,
 )
+from tiny_family import all_tiny_families, build_tiny_family
 
 MEASURED = Path(benchmarks.planned_runs.__file__).parent / "results" / "planned_runs_measured_built.json"
 CARD = (8, 6)
@@ -68,6 +70,7 @@ def real_trace(config: TrainingConfig, spec: ModelSpec) -> MemoryTrace:
     device = torch.device("cpu")
     loaded = load_model(config, spec, device, FP32)
     attach_adapters(loaded, config)
+    pack_as_configured(config, spec, loaded.model)
     tile_as_configured(config, spec, loaded.model)
     checkpoint_as_configured(config, spec, loaded.model)
     step = build_step(config, spec, loaded.model, build_compute(config, device, FP32), num_steps=2)
@@ -190,6 +193,37 @@ def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fake_tensors_take_what_real_ones_take(hardware: dict[str, Any], tmp_path: Path) -> None:
     config = settings_of(tmp_path / "model", **hardware)
     assert simulated_growth(config) == growth_of_training(real_trace(config, resolve(config.model.name)))
+
+
+@pytest.mark.parametrize("hardware", [{}, {"gradient_checkpointing": False}, {"mlp_tile_tokens": 50}])
+def test_a_shared_row_takes_what_a_real_one_takes(hardware: dict[str, Any], tmp_path: Path) -> None:
+    config = settings_of(tmp_path / "model", **hardware)
+    config = config.model_copy(update={"training": config.training.model_copy(update={"batching": Batching.PACKED})})
+    spec = resolve(config.model.name)
+    row, plain = largest_workload(config, spec).batch, largest_workload(settings_of(tmp_path / "plain"), spec).batch
+    assert len(row.segment_lengths) > len(plain.labels)
+    assert row.num_computed_tokens == plain.num_tokens
+    assert simulated_growth(config) == growth_of_training(real_trace(config, spec))
+
+
+@pytest.mark.parametrize("name", ["instructblip", "qwen2_vl", "qwen3_vl", "smolvlm"])
+def test_a_shared_row_of_other_families_takes_what_a_real_one_takes(name: str, tmp_path: Path) -> None:
+    """Positions that a model works out from values are worked out on the host, where values are."""
+    (tiny,) = (each for each in all_tiny_families() if each.name == name)
+    config = TrainingConfig.model_validate(
+        {
+            "model": {"name": str(build_tiny_family(tiny, tmp_path / "model"))},
+            "data": {"max_length": 96},
+            "training": {
+                "batch_size": 2,
+                "gradient_accumulation_steps": 1,
+                "optimizer": "adamw_8bit",
+                "batching": "packed",
+            },
+        }
+    )
+    spec = resolve(config.model.name)
+    assert simulated_growth(config) == growth_of_training(real_trace(config, spec))
 
 
 def test_a_tower_in_4_bits_takes_what_a_real_one_takes(tmp_path: Path) -> None:

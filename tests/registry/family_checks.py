@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 import tiny
 from eightgig import registry
-from eightgig.config import MixedPrecision, TrainingConfig
-from eightgig.core.errors import UnsupportedModel
+from eightgig.config import Batching, MixedPrecision, TrainingConfig
+from eightgig.core.errors import ConfigError, UnsupportedModel
 from eightgig.data.batch import IGNORE_INDEX, EncodedSample, MicroBatch
-from eightgig.data.collate import collate
+from eightgig.data.collate import collate, pack
 from eightgig.data.encode import Encoder
 from eightgig.data.loader import StepLoader
 from eightgig.data.order import StepOrder
@@ -40,6 +40,7 @@ from eightgig.memory.host_copies import Transfers
 from eightgig.models import load
 from eightgig.models.adapters import attach_adapters, check_gradients
 from eightgig.models.load import LoadedModel, load_model
+from eightgig.models.packed_rows import pack_as_configured
 from eightgig.models.precision import Precision
 from eightgig.models.random_weights import build_random
 from eightgig.models.trainable import trainable_parameters
@@ -316,6 +317,44 @@ def check_layer_levers(case: Case) -> None:
     )
     assert_close(levered, plain)
     assert host_bytes > 0
+
+
+def check_packing(case: Case) -> None:
+    """Loss and gradients of samples that share a row are those of samples in rows of their own; or it is refused.
+
+    With and without checkpointing, for all samples and for some in another order; and the model still takes padded
+    batches. Each pass draws the same random numbers, for towers that drop values.
+    """
+    config = CONFIG.model_copy(update={"training": CONFIG.training.model_copy(update={"batching": Batching.PACKED})})
+    loaded = load_model(config, case.spec, CPU, _precision(torch.float32))
+    if case.spec.family.packing_obstacle:
+        with pytest.raises(ConfigError, match=re.escape(case.spec.family.packing_obstacle)):
+            pack_as_configured(config, case.spec, loaded.model)
+        return
+    attach_adapters(loaded, config)
+    randomise_lora_b(loaded.model, seed=7)
+    encoder = Encoder(loaded.processor, case.spec.family, max_length=512)
+    encoded = [encoder.encode(sample) for sample in case.samples]
+    groups = (encoded, [encoded[2], encoded[1], encoded[0]], encoded[1:2])
+
+    def outcome(batch: MicroBatch) -> Outcome:
+        loaded.model.train()
+        loaded.model.zero_grad()
+        torch.manual_seed(11)
+        loss = batch_loss_sum(loaded.model, case.spec.family, batch, _compute(torch.float32))
+        loss.backward()
+        return outcome_of(loss, loaded.model)
+
+    plain = [outcome(_collated(group, encoder)) for group in groups]
+    pack_as_configured(config, case.spec, loaded.model)
+    for group, expected in zip(groups, plain, strict=True):
+        row = pack(group, encoder.image_layout)
+        assert row.num_computed_tokens == row.num_tokens == sum(len(each.input_ids) for each in group)
+        assert row.num_target_tokens == _collated(group, encoder).num_target_tokens
+        assert_close(outcome(row), expected)
+    checkpoint_as_configured(config, case.spec, loaded.model)
+    assert_close(outcome(pack(encoded, encoder.image_layout)), plain[0])
+    assert_close(outcome(_collated(encoded, encoder)), plain[0])
 
 
 def _with_levers(case: Case, hardware: dict[str, Any]) -> tuple[Outcome, int]:

@@ -59,6 +59,10 @@ def test_layer_levers_change_no_gradient(case: Case, monkeypatch: pytest.MonkeyP
     checks.check_layer_levers(case)
 
 
+def test_samples_in_one_row_stay_apart(case: Case) -> None:
+    checks.check_packing(case)
+
+
 def test_three_steps_train(case: Case, trained: Trained) -> None:
     checks.check_training(case, trained)
 

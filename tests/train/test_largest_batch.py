@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from tests.tiny import build_tiny_processor, write_image
 from eightgig.config import TrainingConfig
 from eightgig.data.check import SampleSize
 from eightgig.data.encode import Encoder
+from eightgig.data.grouping import Grouping
+from eightgig.data.order import StepOrder
 from eightgig.data.sample import ImagePart, Message, Sample, SourceRef, TextPart
+from eightgig.plan.workload import workload_sizes
 from eightgig.registry import ModelSpec, get
 from eightgig.registry.llava import LlavaFamily
 from eightgig.train.largest_batch import largest_training_batch
@@ -54,6 +58,14 @@ def data_of(samples: list[Sample], encoder: Encoder, *, num_validation: int = 1)
     return DataSets(tuple(samples), sizes, tuple(samples[:num_validation]), "", 0, 0, 0, has_images=True)
 
 
+def order_of(config: TrainingConfig, data: DataSets) -> StepOrder:
+    """The order of a run's steps, its samples being as long as their texts and 16 tokens an image."""
+    training = config.training
+    sizes = [size.num_text_tokens + 16 * len(size.image_sizes_px) for size in data.train_sizes]
+    grouping = Grouping(training.batching, training.batch_size, sizes)
+    return StepOrder(len(sizes), training.batch_size, training.gradient_accumulation_steps, 0, grouping)
+
+
 @given(words=WORDS, batch_size=st.integers(1, 4), draw=st.data())
 def test_no_other_batch_has_more_tokens(
     words: list[int], batch_size: int, draw: st.DataObject, encoder: Encoder, spec: ModelSpec, picture: Path
@@ -62,11 +74,45 @@ def test_no_other_batch_has_more_tokens(
         sample(str(index), num_words, draw.draw(st.integers(0, 2)), picture) for index, num_words in enumerate(words)
     ]
     config = TrainingConfig.model_validate({"training": {"batch_size": batch_size}})
-    work = largest_training_batch(config, spec, encoder, data_of(samples, encoder))
+    data = data_of(samples, encoder)
+    work = largest_training_batch(config, spec, encoder, data, order_of(config, data))
     lengths = sorted((encoder.encode(each).input_ids.numel() for each in samples), reverse=True)[:batch_size]
     assert work.batch.num_tokens == sum(lengths)
     assert len(work.samples) == min(batch_size, len(samples))
     assert work.processor is encoder.processor
+
+
+@given(words=WORDS, batch_size=st.integers(1, 4), draw=st.data())
+def test_no_row_is_longer_than_the_planned_one_nor_has_more_images(
+    words: list[int], batch_size: int, draw: st.DataObject, encoder: Encoder, spec: ModelSpec, picture: Path
+) -> None:
+    """Against every set of samples that may share a row. One sample more of images may be: none fits into the rest."""
+    samples = [sample(str(i), num_words, draw.draw(st.integers(0, 2)), picture) for i, num_words in enumerate(words)]
+    training = {"batch_size": batch_size, "gradient_accumulation_steps": 2, "batching": "packed"}
+    config = TrainingConfig.model_validate({"training": training})
+    data = data_of(samples, encoder)
+    order = order_of(config, data)
+    work = largest_training_batch(config, spec, encoder, data, order)
+    encoded = [encoder.encode(each) for each in samples]
+    lengths = [each.input_ids.numel() for each in encoded]
+    longest = sum(sorted(lengths, reverse=True)[:batch_size])
+    possible = [
+        row
+        for size in range(1, len(samples) + 1)
+        for row in itertools.combinations(range(len(samples)), size)
+        if sum(lengths[index] for index in row) <= longest
+    ]
+    most_images = max(sum(encoded[index].num_images for index in row) for row in possible)
+    assert work.batch.num_tokens == work.batch.num_computed_tokens == longest
+    assert most_images - 2 <= work.batch.num_images <= most_images
+    assert work.validation is not None
+    assert work.validation.batch.num_tokens == longest
+    rows = [row for step in range(order.steps_per_epoch) for row in order.micro_batches(step)]
+    assert all(sum(lengths[index] for index in row) <= longest for row in rows)
+    assert work.num_micro_batches == len(rows) / order.steps_per_epoch
+    sizes = workload_sizes(work)
+    assert sizes["num_image_tokens"] == 16 * work.batch.num_images
+    assert sizes["num_text_tokens"] == longest - sizes["num_image_tokens"]
 
 
 @pytest.mark.parametrize(("num_validation", "wanted", "num_generated"), [(1, 8, 2), (1, 1, 1), (1, 0, 0), (0, 8, 0)])
@@ -75,5 +121,6 @@ def test_as_many_answers_as_validation_asks_for_at_once(
 ) -> None:
     config = TrainingConfig.model_validate({"training": {"batch_size": 2}, "validation": {"num_generated": wanted}})
     samples = [sample(str(index), 3, 1, picture) for index in range(3)]
-    work = largest_training_batch(config, spec, encoder, data_of(samples, encoder, num_validation=num_validation))
+    data = data_of(samples, encoder, num_validation=num_validation)
+    work = largest_training_batch(config, spec, encoder, data, order_of(config, data))
     assert work.num_generated == num_generated

@@ -1,6 +1,6 @@
 """Settings of a run: `TrainingConfig` and its sections, presets, files. The only thing a user writes."""
 
-from eightgig.config.enums import MixedPrecision, OptimizerName, TrainingMethod
+from eightgig.config.enums import Batching, MixedPrecision, OptimizerName, TrainingMethod
 from eightgig.config.loading import FlagValue, ResolvedConfig, Row, describe, load_config, resolve, save_config
 from eightgig.config.preset_cards import PresetCard
 from eightgig.config.presets import ConfigPresets
@@ -20,6 +20,7 @@ from eightgig.config.shape import json_schema
 
 __all__ = [
     "SCHEMA_VERSION",
+    "Batching",
     "CheckpointConfig",
     "ConfigPresets",
     "DataConfig",

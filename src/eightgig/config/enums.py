@@ -23,6 +23,14 @@ class TrainingMethod(_Word):
     FULL = "full"  # every weight
 
 
+class Batching(_Word):
+    """Which samples of an optimizer step go through the model together."""
+
+    IN_ORDER = "in_order"  # as they come, padded to the longest of them
+    BY_LENGTH = "by_length"  # of nearly the same length, padded to the longest of them
+    PACKED = "packed"  # as many as fill a row, without padding
+
+
 class MixedPrecision(_Word):
     """The type that the forward and backward pass compute in."""
 

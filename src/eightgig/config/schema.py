@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from eightgig.config import method as training_method
 from eightgig.config.clash import raise_clashes
-from eightgig.config.enums import MixedPrecision, OptimizerName, TrainingMethod
+from eightgig.config.enums import Batching, MixedPrecision, OptimizerName, TrainingMethod
 from eightgig.config.fields import (
     AutoCount,
     AutoFlag,
@@ -85,6 +85,11 @@ class TrainingHyperparameters(Section):
     )
     batch_size: Count = Field(1, description="samples in one forward pass")
     gradient_accumulation_steps: Count = Field(16, description="forward passes in one optimizer step")
+    batching: Batching = Field(
+        Batching.IN_ORDER,
+        description="which of a step's samples go through together: in_order = as they come; by_length = those of "
+        "nearly equal length, for less padding; packed = as many as fill a row, for none",
+    )
     num_epochs: Count = Field(3, description="passes over the training data")
     max_steps: Count | None = Field(None, description="stop after this many optimizer steps; null = after num_epochs")
     learning_rate: LearningRate = Field(2e-4, description="peak rate, reached after the warm-up")

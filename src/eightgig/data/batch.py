@@ -37,16 +37,17 @@ class EncodedSample:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass takes, right-padded.
+    """What one forward pass takes: a row a sample, right-padded, or one full row that several samples share.
 
     Attributes:
         model_inputs: input_ids and attention_mask (int64 [batch, sequence]), the token inputs ([batch, sequence, ...])
-            and the image inputs.
+            and the image inputs; no mask where samples share a row.
         labels: int64 [batch, sequence], not shifted; IGNORE_INDEX on prompt, image and padding.
         num_target_tokens: label positions that count in the loss, after the shift by one.
         num_tokens: real (unpadded) tokens, image tokens among them.
         num_images: images in the batch.
         sample_ids: names of the samples, in order.
+        segment_lengths: tokens of each sample where they share one row; empty where each has a row of its own.
     """
 
     model_inputs: Mapping[str, Tensor]
@@ -55,6 +56,12 @@ class MicroBatch:
     num_tokens: int
     num_images: int
     sample_ids: tuple[str, ...]
+    segment_lengths: tuple[int, ...] = ()
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Positions that the language model computes, padding among them."""
+        return self.labels.numel()
 
     def to(self, device: torch.device, float_dtype: torch.dtype) -> MicroBatch:
         """The batch on `device`, floating-point inputs as `float_dtype`; copies overlap with compute where pinned."""

@@ -1,4 +1,4 @@
-"""Several encoded samples as one right-padded micro-batch."""
+"""Several encoded samples as one micro-batch: right-padded rows, or one row that they share."""
 
 from __future__ import annotations
 
@@ -43,6 +43,38 @@ def collate(samples: Sequence[EncodedSample], pad_token_id: int, layout: ImageLa
         num_tokens=int(attention_mask.sum()),
         num_images=sum(sample.num_images for sample in samples),
         sample_ids=tuple(sample.sample_id for sample in samples),
+    )
+
+
+def pack(samples: Sequence[EncodedSample], layout: ImageLayout = END_TO_END) -> MicroBatch:
+    """`samples` as one row without padding, end to end; image inputs as of `collate`, and no attention mask.
+
+    A sample's first token is nobody's target, as in a row of its own: what stands before it is another sample.
+
+    Args:
+        samples: what belongs into the row.
+        layout: as of `collate`.
+    """
+    labels = [sample.labels.clone() for sample in samples]
+    for of_sample in labels:
+        of_sample[:1] = IGNORE_INDEX
+    row = torch.cat(labels).unsqueeze(0)
+    token_inputs = {
+        name: torch.cat([sample.token_inputs[name] for sample in samples]).unsqueeze(0)
+        for name in samples[0].token_inputs
+    }
+    return MicroBatch(
+        model_inputs={
+            "input_ids": torch.cat([sample.input_ids for sample in samples]).unsqueeze(0),
+            **token_inputs,
+            **_image_inputs(samples, layout),
+        },
+        labels=row,
+        num_target_tokens=int((row != IGNORE_INDEX).sum()),
+        num_tokens=row.numel(),
+        num_images=sum(sample.num_images for sample in samples),
+        sample_ids=tuple(sample.sample_id for sample in samples),
+        segment_lengths=tuple(sample.input_ids.numel() for sample in samples),
     )
 
 

@@ -8,18 +8,21 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from eightgig.core.errors import DataError, EnvironmentProblem
 from eightgig.data.batch import EncodedSample, MicroBatch
-from eightgig.data.collate import collate
+from eightgig.data.collate import collate, pack
 from eightgig.data.encode import Encoder
 from eightgig.data.order import StepOrder
 from eightgig.data.quarantine import SampleProblem
 from eightgig.data.sample import Sample
 from eightgig.registry.facts import ImageLayout
+
+Value = TypeVar("Value")
 
 # How torch's DataLoader words it, by whether it finds the worker gone or its signal handler is told so.
 _WORKER_ENDED = re.compile(r"DataLoader worker .*(exited unexpectedly|killed by signal)")
@@ -100,7 +103,10 @@ class StepLoader:
             _EncodedSamples(self._encoder),
             batch_sampler=_SampleLists(self),  # samples themselves, not indices: see the class's text
             collate_fn=partial(
-                _collate_or_failure, pad_token_id=self._encoder.pad_token_id, layout=self._encoder.image_layout
+                _collate_or_failure,
+                pad_token_id=self._encoder.pad_token_id,
+                layout=self._encoder.image_layout,
+                packs=self._order.grouping.is_packed,
             ),
             num_workers=num_workers,
             multiprocessing_context=_start_context(self._workers.start_method) if num_workers else None,
@@ -125,8 +131,17 @@ def validation_batches(
         DataError: a sample that was good before can't be read any more.
     """
     for start in range(process_index * batch_size, len(samples), num_processes * batch_size):
-        items = [_encoded(encoder, sample) for sample in samples[start : start + batch_size]]
-        yield _batch_or_raise(_collate_or_failure(items, encoder.pad_token_id, encoder.image_layout))
+        encoded = encoded_samples(encoder, samples[start : start + batch_size])
+        yield collate(encoded, encoder.pad_token_id, encoder.image_layout)
+
+
+def encoded_samples(encoder: Encoder, samples: Sequence[Sample]) -> list[EncodedSample]:
+    """`samples` as tensors, decoded in place.
+
+    Raises:
+        DataError: a sample that was good before can't be read any more.
+    """
+    return [_or_raise(_encoded(encoder, sample)) for sample in samples]
 
 
 @dataclass(frozen=True)
@@ -166,14 +181,14 @@ def _encoded(encoder: Encoder, sample: Sample) -> EncodedSample | _Failure:
 
 
 def _collate_or_failure(
-    items: Sequence[EncodedSample | _Failure], pad_token_id: int, layout: ImageLayout
+    items: Sequence[EncodedSample | _Failure], pad_token_id: int, layout: ImageLayout, *, packs: bool
 ) -> MicroBatch | _Failure:
     samples: list[EncodedSample] = []
     for item in items:
         if isinstance(item, _Failure):
             return item
         samples.append(item)
-    return collate(samples, pad_token_id, layout)
+    return pack(samples, layout) if packs else collate(samples, pad_token_id, layout)
 
 
 def _next_batch(batches: Iterator[MicroBatch | _Failure]) -> MicroBatch:
@@ -187,17 +202,17 @@ def _next_batch(batches: Iterator[MicroBatch | _Failure]) -> MicroBatch:
             expected="enough memory and shared memory (/dev/shm) for the workers",
             next_step="set data.num_workers lower (0 decodes in the training process), or free memory",
         ) from error
-    return _batch_or_raise(batch)
+    return _or_raise(batch)
 
 
-def _batch_or_raise(batch: MicroBatch | _Failure) -> MicroBatch:
-    if isinstance(batch, _Failure):
+def _or_raise(value: Value | _Failure) -> Value:
+    if isinstance(value, _Failure):
         raise DataError(
-            f"sample {batch.sample_id} ({batch.where}) can't be read any more: {batch.reason}",
+            f"sample {value.sample_id} ({value.where}) can't be read any more: {value.reason}",
             expected="data files and images that stay as they were checked before training",
             next_step="restore the file and resume the run, or start again so that the sample is set aside",
         )
-    return batch
+    return value
 
 
 def _start_context(start_method: str) -> multiprocessing.context.BaseContext:

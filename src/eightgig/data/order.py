@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import torch
 
+from eightgig.config import Batching
 from eightgig.core.seeds import derive_seed
+from eightgig.data.grouping import Grouping
 
 
 class StepOrder:
     """The order of `num_samples` samples over all optimizer steps.
 
     Each epoch is a permutation of its own, seeded by run seed and epoch. Nothing is dropped: the last step of an epoch
-    holds what is left, and may have fewer and smaller micro-batches.
+    holds what is left, and may have fewer and smaller micro-batches. `grouping` says which samples of a step go
+    together; by default each `batch_size` in their order.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, accumulation: int, seed: int) -> None:
+    def __init__(
+        self, num_samples: int, batch_size: int, accumulation: int, seed: int, grouping: Grouping | None = None
+    ) -> None:
         if min(num_samples, batch_size, accumulation) < 1:
             raise ValueError(f"all must be at least 1: {num_samples=}, {batch_size=}, {accumulation=}")
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.accumulation = accumulation
         self.seed = seed
+        self.grouping = Grouping(Batching.IN_ORDER, batch_size) if grouping is None else grouping
         self._epoch_in_hand: tuple[int, list[int]] | None = None
 
     @property
@@ -35,8 +41,7 @@ class StepOrder:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         samples_per_step = self.batch_size * self.accumulation
         first = step_in_epoch * samples_per_step
-        indices = self._permutation(epoch)[first : first + samples_per_step]
-        return [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
+        return self.grouping(self._permutation(epoch)[first : first + samples_per_step])
 
     def _permutation(self, epoch: int) -> list[int]:
         if self._epoch_in_hand is None or self._epoch_in_hand[0] != epoch:

@@ -3,7 +3,8 @@
 Each sample's tokens are counted: those of its text with the model's tokenizer, those of its images from their sizes.
 The largest micro-batch holds the samples with the most tokens, whatever order training takes them in. Where other
 samples have more image tokens, which decide what the vision tower takes, theirs is a candidate too. A usual micro-batch
-holds the samples nearest to the mean length to which an epoch's micro-batches are padded.
+holds the samples nearest to the mean length to which an epoch's micro-batches are padded. Where samples share rows, the
+largest is a full row with as many images as go into one, and the usual one is a row as full as the mean one.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from eightgig.config import Batching
 from eightgig.core.errors import EnvironmentProblem
 from eightgig.data.check import CheckedSample, examine_samples
 from eightgig.data.encode import Encoder
+from eightgig.data.grouping import Grouping
 from eightgig.data.images import check_image
 from eightgig.data.order import StepOrder
 from eightgig.data.quarantine import SampleProblem
@@ -24,7 +27,17 @@ from eightgig.data.sample import Sample, TextPart
 from eightgig.data.sets import ReadData
 from eightgig.data.sources import SampleSet
 from eightgig.data.split import split_validation
-from eightgig.plan.workload import Workload, build_encoder, with_standin, workload_of
+from eightgig.models.packed_rows import check_can_pack
+from eightgig.plan.workload import (
+    MeasuredSample,
+    Workload,
+    build_encoder,
+    largest_row,
+    mean_micro_batches,
+    packed_workload,
+    with_standin,
+    workload_of,
+)
 
 if TYPE_CHECKING:
     from eightgig.config import TrainingConfig
@@ -37,20 +50,6 @@ NUM_LONGEST_TEXTS = 100
 
 MOST_TOKENS = "most tokens"
 MOST_IMAGE_TOKENS = "most image tokens"
-
-
-@dataclass(frozen=True)
-class MeasuredSample:
-    """A good sample and its tokens; those of the text are counted after cutting to `data.max_length`."""
-
-    sample: Sample
-    num_text_tokens: int
-    num_image_tokens: int
-
-    @property
-    def num_tokens(self) -> int:
-        """All that the language model sees."""
-        return self.num_text_tokens + self.num_image_tokens
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,10 @@ def data_workloads(config: TrainingConfig, spec: ModelSpec, read: ReadData) -> D
 
     Raises:
         DataError: too large a share of the samples is bad; the same that training would raise.
-        ConfigError: the configured image size does not suit the model.
+        ConfigError: the configured image size does not suit the model, or its samples can't share rows.
         UnsupportedModel, EnvironmentProblem: its processor can't be had.
     """
+    check_can_pack(config, spec)
     encoder, processor, tokenizer_note = _encoder(config, spec)
     sets = [read.train] if read.validation is None else [read.train, read.validation]
     decodes_images = sum(len(read_set.samples) for read_set in sets) <= MAX_DECODED_SAMPLES
@@ -124,9 +124,21 @@ def data_workloads(config: TrainingConfig, spec: ModelSpec, read: ReadData) -> D
     def batch_of(ordered: Sequence[MeasuredSample]) -> Workload:
         return workload_of(_sound(ordered, config.training.batch_size), encoder, processor, config)
 
+    everything = [*itertools.chain(*even), *longest]
+    largest = _largest(everything, batch_of)
+    order = _order(train, config)
+    if config.training.batching is Batching.PACKED:
+        capacity_tokens = _grouping(everything, config).row_tokens
+        usual = _usual_row(train, order, largest[MOST_TOKENS])
+        largest = {
+            reason: largest_row(everything, capacity_tokens, plain, is_sound=_can_decode)
+            for reason, plain in largest.items()
+        }
+    else:
+        usual = batch_of(_nearest_to_usual(train, order))
     return DataWorkloads(
-        largest=_largest([*itertools.chain(*even), *longest], batch_of),
-        usual=batch_of(_nearest_to_usual(train, config)),
+        largest=largest,
+        usual=usual,
         facts=DataFacts(
             num_train_samples=num_train,
             num_validation_samples=num_validation,
@@ -222,10 +234,35 @@ def _largest(
     return largest
 
 
-def _nearest_to_usual(samples: Sequence[MeasuredSample], config: TrainingConfig) -> list[MeasuredSample]:
-    """`samples`, those first whose tokens are nearest to what an epoch's micro-batches are padded to in the mean."""
+def _order(samples: Sequence[MeasuredSample], config: TrainingConfig) -> StepOrder:
+    """The order in which training would take `samples`."""
     training = config.training
-    order = StepOrder(len(samples), training.batch_size, training.gradient_accumulation_steps, config.seed)
+    return StepOrder(
+        len(samples),
+        training.batch_size,
+        training.gradient_accumulation_steps,
+        config.seed,
+        _grouping(samples, config),
+    )
+
+
+def _grouping(samples: Sequence[MeasuredSample], config: TrainingConfig) -> Grouping:
+    training = config.training
+    return Grouping(training.batching, training.batch_size, [item.num_tokens for item in samples])
+
+
+def _usual_row(samples: Sequence[MeasuredSample], order: StepOrder, plain: Workload) -> Workload:
+    """The row of the first epoch whose tokens are nearest to the mean of all."""
+    rows = [row for step in range(order.steps_per_epoch) for row in order.micro_batches(step)]
+    tokens = [sum(samples[index].num_tokens for index in row) for row in rows]
+    mean_tokens = fmean(tokens)
+    usual = min(range(len(rows)), key=lambda row: abs(tokens[row] - mean_tokens))
+    row = packed_workload(_sound([samples[index] for index in rows[usual]], len(rows[usual])), plain)
+    return replace(row, num_micro_batches=mean_micro_batches(order))
+
+
+def _nearest_to_usual(samples: Sequence[MeasuredSample], order: StepOrder) -> list[MeasuredSample]:
+    """`samples`, those first whose tokens are nearest to what an epoch's micro-batches are padded to in the mean."""
     padded_tokens = fmean(
         max(samples[index].num_tokens for index in micro_batch)
         for step in range(order.steps_per_epoch)

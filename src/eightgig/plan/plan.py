@@ -205,7 +205,7 @@ def time_of(
         simulation.micro_batch_costs,
         simulation.update_costs,
         rates,
-        num_micro_batches=config.training.gradient_accumulation_steps,
+        num_micro_batches=work.num_micro_batches or config.training.gradient_accumulation_steps,
         num_tokens=work.batch.num_tokens,
     )
 

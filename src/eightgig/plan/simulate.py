@@ -21,6 +21,7 @@ from eightgig.data.batch import MicroBatch
 from eightgig.data.collate import collate
 from eightgig.evaluate.generate import answer_batch, first_exchange
 from eightgig.evaluate.loss import validation_loss
+from eightgig.models.packed_rows import pack_as_configured
 from eightgig.models.precision import Precision
 from eightgig.models.tower_features import check_features_can_be_kept, check_tower_is_fixed
 from eightgig.models.trainable import weights_to_save
@@ -129,7 +130,8 @@ class Simulator:
         `validates`: with all that stands around training: validation before and after it, and saving at the end.
 
         Raises:
-            ConfigError: its image features are to be kept, or weights are to stay on the host, and can't.
+            ConfigError: its image features are to be kept, weights to stay on the host, or samples to share rows, and
+                can't.
             UnsupportedModel: the model's code takes decisions from values, which are not there; or its tower, whose
                 features are to be kept, drops values at random.
         """
@@ -177,6 +179,7 @@ class Simulator:
     def _run(self, config: TrainingConfig, work: Workload, trace: MemoryTrace, *, validates: bool) -> Simulation:
         model, spec = self._model, self._spec
         fuse_dropout(model)
+        pack_as_configured(config, spec, model)
         tile_as_configured(config, spec, model)
         checkpoint_as_configured(config, spec, model)
         if self._memos is not None:
@@ -226,6 +229,7 @@ class Simulator:
 
     def _validate(self, work: Workload, compute: Compute) -> None:
         """A run's validation: the loss over a batch, and the first token of an answer to its prompts."""
+        work = work.validation or work
         validation_loss(self._model, self._spec.family, [self._on_host(work.batch)], compute)
         if work.num_generated:
             encoder = work.encoder

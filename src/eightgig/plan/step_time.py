@@ -44,7 +44,7 @@ def planned_time(
     update: Mapping[OpCost, float],
     rates: CardRates,
     *,
-    num_micro_batches: int,
+    num_micro_batches: float,
     num_tokens: int,
     steps_per_epoch: int | None = None,
 ) -> PlannedTime:
@@ -56,7 +56,7 @@ def planned_time(
         train: forward and backward pass of one micro-batch.
         update: clipping and the optimizer.
         rates: the card's.
-        num_micro_batches: of an optimizer step, on this card.
+        num_micro_batches: of an optimizer step, on this card; their mean where steps differ.
         num_tokens: of a micro-batch.
         steps_per_epoch: optimizer steps, where their number is known.
     """

@@ -61,6 +61,8 @@ class ModelFamily(ABC):
             model reads of the tower's output.
         has_own_classes: whether its model is EightGig's own implementation, not one of transformers.
         processor_files: what a folder must hold for `load_processor`: kinds of files, one name of each will do.
+        packing_obstacle: why several samples can't share a row (`training.batching` = packed); empty where they can,
+            and loss and gradients are those of samples in rows of their own (tests/registry/test_families.py).
         derivation: where the family was derived from a config and a module tree: what was derived, a sentence each.
     """
 
@@ -84,6 +86,7 @@ class ModelFamily(ABC):
     accepts_image_features: bool = False
     has_own_classes: bool = False
     processor_files: Mapping[str, tuple[str, ...]] = PROCESSOR_FILES
+    packing_obstacle: str = "nobody has shown yet that samples in one row stay apart in it"
     derivation: tuple[str, ...] = ()
 
     # Facts
@@ -207,6 +210,16 @@ class ModelFamily(ABC):
     def hidden_states(self, model: Any, inputs: Mapping[str, Any]) -> Any:
         """Last hidden states, [batch, sequence, hidden], of the whole multimodal backbone, without the head."""
         return base_model(model).model(**inputs, use_cache=False).last_hidden_state
+
+    def packed_inputs(self, model: Any, inputs: Mapping[str, Any], segment_lengths: Sequence[int]) -> Mapping[str, Any]:
+        """`inputs` of a row that samples of so many tokens share, on the host, with the positions of its tokens.
+
+        They are what each sample has in a row of its own. Attention is told by other means (`memory.packed_attention`).
+        """
+        import torch
+
+        positions = torch.cat([torch.arange(length) for length in segment_lengths])
+        return {**inputs, "position_ids": positions.unsqueeze(0)}
 
     def own_inputs(self, model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """`inputs` as the model's own forward takes them, where it wants an image even for texts without one."""

@@ -109,6 +109,7 @@ class Gemma3Family(ModelFamily):
     keep_16bit = ("model.vision_tower", "lm_head")  # the projector holds no linear layer, but a bare matrix
     image_placeholder = "<start_of_image>"
     end_of_turn = "<end_of_turn>"
+    packing_obstacle = "tokens of an image attend to each other both ways, by masks made of the whole row"
     models = (GEMMA_3_4B,)
     fp32_in_fp16 = ("model.language_model",)
     dtype_caution = (

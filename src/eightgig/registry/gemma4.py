@@ -184,6 +184,7 @@ class Gemma4Family(ModelFamily):
     keep_16bit_in_tower = (r"model\.vision_tower\.patch_embedder",)
     image_placeholder = "<|image|>"
     end_of_turn = "<turn|>"
+    packing_obstacle = "some layers attend within a window, by masks made of the whole row"
     models = (GEMMA_4_E2B, GEMMA_4_E4B)
     reserved_texts = tuple(MEDIA_TOKENS.values())
     attention = MappingProxyType(

@@ -113,6 +113,7 @@ class InstructBlipFamily(ModelFamily):
     keep_16bit = ("vision_model", "qformer", "language_projection", "language_model.lm_head")
     image_placeholder = "<image>"
     end_of_turn = "</s>"
+    packing_obstacle = ""
     chat_template = CHAT_TEMPLATE
     accepts_image_features = True
     models = (INSTRUCTBLIP_VICUNA_7B,)
@@ -227,8 +228,11 @@ class InstructBlipFamily(ModelFamily):
         return base.language_model.generate(**_language_inputs(base, inputs), **arguments)
 
 
+_BELOW_LANGUAGE_MODEL = ("input_ids", "pixel_values", "qformer_input_ids", "qformer_attention_mask")
+
+
 def _language_inputs(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the language model is given: embeddings [batch, sequence, hidden] with the images in place, and the mask."""
+    """What the language model is given: embeddings [batch, sequence, hidden] with the images in place, and the rest."""
     embeddings = model.get_input_embeddings()(inputs["input_ids"])
     if "pixel_values" in inputs:
         features = model.get_image_features(
@@ -239,7 +243,8 @@ def _language_inputs(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]
         ).pooler_output
         mask = model.get_placeholder_mask(inputs["input_ids"], inputs_embeds=embeddings)
         embeddings = embeddings.masked_scatter(mask, features.to(embeddings.dtype))
-    return {"inputs_embeds": embeddings, "attention_mask": inputs["attention_mask"]}
+    others = {name: value for name, value in inputs.items() if name not in _BELOW_LANGUAGE_MODEL}
+    return {"inputs_embeds": embeddings, **others}
 
 
 FAMILIES = (InstructBlipFamily(),)

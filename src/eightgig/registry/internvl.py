@@ -120,6 +120,7 @@ class InternVLFamily(ModelFamily):
     keep_16bit = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
     image_placeholder = "<IMG_CONTEXT>"
     end_of_turn = "<|im_end|>"
+    packing_obstacle = ""
     reserved_texts = ("<img>", "</img>", "<video>")
     accepts_image_features = True
     dtype_caution = (

@@ -115,6 +115,7 @@ class LlavaFamily(ModelFamily):
     keep_16bit = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
     image_placeholder = "<image>"
     end_of_turn = "</s>"
+    packing_obstacle = ""
     models = (LLAVA_1_5_7B, LLAVA_1_5_13B)
     interpolates_positions = True
     accepts_image_features = True

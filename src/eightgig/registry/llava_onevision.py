@@ -180,6 +180,7 @@ class LlavaOnevisionFamily(ModelFamily):
     keep_16bit = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
     image_placeholder = "<image>"
     end_of_turn = "<|im_end|>"
+    packing_obstacle = ""
     image_layout = ImageLayout(padding={"pixel_values": 0.0})
     models = (
         _facts("0.5b", (896, 24, 14, 2, 4864), vocab=152000, tied=True, num_parameters=893_675_552),

@@ -136,6 +136,7 @@ class MllamaFamily(ModelFamily):
     keep_16bit = ("model.vision_model", "model.multi_modal_projector", "lm_head")
     image_placeholder = "<|image|>"
     end_of_turn = "<|eot_id|>"
+    packing_obstacle = "each row attends to the images of one sample, in layers of their own"
     models = (LLAMA_3_2_11B_VISION,)
     # Without it the published template writes the day of training into every conversation without images.
     template_arguments: Mapping[str, Any] = {"date_string": "26 Jul 2024"}

@@ -106,6 +106,7 @@ class PaliGemmaFamily(ModelFamily):
     keep_16bit = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
     image_placeholder = "<image>"
     end_of_turn = "<eos>"
+    packing_obstacle = "all of a prompt attends to itself both ways, by masks made of the whole row"
     chat_template = CHAT_TEMPLATE
     models = (PALIGEMMA_2_3B, _facts(448, 3_033_127_152, ()))
     # Gemma 2 caps the scores of attention, which SDPA can't: 5.23 refuses it, 5.17 would leave the cap out.

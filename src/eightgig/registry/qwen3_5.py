@@ -121,6 +121,7 @@ class Qwen35Family(QwenVisionFamily):
     standin_template = chatml_template(answer_start=NO_THOUGHT)
     template_arguments: Mapping[str, Any] = {"enable_thinking": False}
     fp32_in_fp16 = ("model.language_model",)
+    packing_obstacle = "the state of its DeltaNet layers runs on from one sample of a row into the next"
     dtype_caution = (
         "Gradients along the residual stream leave the range of fp16 (unslothai/unsloth-zoo #866, #978): in fp16 mode "
         "the language model runs in fp32 around its 4-bit layers. Without the package flash-linear-attention the "

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from eightgig.core.errors import ConfigError, Problem
 from eightgig.registry.facts import ModelFacts
-from eightgig.registry.family import ModelFamily
+from eightgig.registry.family import ModelFamily, base_model
 from eightgig.registry.processors import image_text_processor
 from eightgig.registry.standin import byte_level_tokenizer
 
@@ -111,6 +111,7 @@ class QwenVisionFamily(ModelFamily):
     end_of_turn = "<|im_end|>"
     keep_16bit: tuple[str, ...] = ("model.visual", "lm_head")
     accepts_image_features = True
+    packing_obstacle = ""
 
     def native_image_px(self, architecture: Mapping[str, Any], image_settings: Mapping[str, Any]) -> int:
         """The side of the largest square that the processor does not scale down."""
@@ -183,6 +184,23 @@ class QwenVisionFamily(ModelFamily):
     ) -> Mapping[str, Any]:
         """Which tokens are an image's (1), from which the model derives their positions in two dimensions."""
         return {"mm_token_type_ids": (input_ids == processor.image_token_id).long()}
+
+    def packed_inputs(self, model: Any, inputs: Mapping[str, Any], segment_lengths: Sequence[int]) -> Mapping[str, Any]:
+        """Positions in three dimensions, int64 [3, 1, tokens]: by the model's own rule, each sample by itself."""
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        def in_rows(values: Any) -> Any:
+            return pad_sequence(list(values.split(list(segment_lengths))), batch_first=True)
+
+        positions, _ = base_model(model).model.get_rope_index(
+            in_rows(inputs["input_ids"][0]),
+            mm_token_type_ids=in_rows(inputs["mm_token_type_ids"][0]),
+            image_grid_thw=inputs.get("image_grid_thw"),
+            attention_mask=in_rows(torch.ones_like(inputs["input_ids"][0])),
+        )
+        of_samples = [positions[:, index, :length] for index, length in enumerate(segment_lengths)]
+        return {**inputs, "position_ids": torch.cat(of_samples, dim=1).unsqueeze(1)}
 
     def tower_features(self, model: Any, output: Any) -> Any:
         """The merged patches, [tokens, hidden]."""

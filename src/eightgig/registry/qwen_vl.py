@@ -90,6 +90,7 @@ class QwenVLFamily(ModelFamily):
     keep_16bit = ("lm_head",)
     image_placeholder = "<imgpad>"
     end_of_turn = "<|im_end|>"
+    packing_obstacle = "its own attention knows no samples within a row"
     accepts_image_features = True
     has_own_classes = True
     # The published folders have no other processor files.

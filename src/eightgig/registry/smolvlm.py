@@ -144,6 +144,7 @@ class Idefics3Family(ModelFamily):
     keep_16bit = ("model.vision_model", "model.connector", "lm_head")
     image_placeholder = "<image>"
     end_of_turn = "<end_of_utterance>"
+    packing_obstacle = ""
     reserved_texts = (ROUND_IMAGE, WHOLE_IMAGE, *TILE_MARKS)
     # The model leaves out tiles whose pixels are all 0.0, which no tile of a picture has after normalising.
     image_layout = ImageLayout(padding={"pixel_values": 0, "pixel_attention_mask": 0}, rows_are_samples=True)

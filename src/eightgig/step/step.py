@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from eightgig.data.batch import MicroBatch
+from eightgig.memory.packed_attention import LENGTHS
 from eightgig.registry.family import ModelFamily
 from eightgig.step.loss import Targets, target_loss_sum
 
@@ -45,9 +46,13 @@ class Compute:
 def batch_loss_sum(model: nn.Module, family: ModelFamily, batch: MicroBatch, compute: Compute) -> Tensor:
     """Sum of -log p over the target tokens of `batch`, an fp32 scalar; the forward pass of training and validation."""
     targets = Targets.from_labels(batch.labels).to(compute.device)
+    if batch.segment_lengths:  # on the host: the model's own rules for positions read values
+        inputs = family.packed_inputs(model, batch.model_inputs, batch.segment_lengths)
+        batch = replace(batch, model_inputs=inputs)
     moved = batch.to(compute.device, compute.input_dtype)
+    apart = {LENGTHS: batch.segment_lengths} if batch.segment_lengths else {}
     with compute.autocast():
-        hidden = family.hidden_states(model, moved.model_inputs)
+        hidden = family.hidden_states(model, {**moved.model_inputs, **apart})
         return target_loss_sum(
             hidden,
             targets,

@@ -6,12 +6,15 @@ import functools
 import heapq
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+from eightgig.config import Batching
 from eightgig.data.check import SampleSize
 from eightgig.data.encode import Encoder
 from eightgig.data.loader import validation_batches
-from eightgig.plan.workload import Workload
+from eightgig.data.order import StepOrder
+from eightgig.plan.workload import MeasuredSample, Workload, largest_row, mean_micro_batches
 
 if TYPE_CHECKING:
     from eightgig.config import TrainingConfig
@@ -19,23 +22,38 @@ if TYPE_CHECKING:
     from eightgig.train.run import DataSets
 
 
-def largest_training_batch(config: TrainingConfig, spec: ModelSpec, encoder: Encoder, data: DataSets) -> Workload:
+def largest_training_batch(
+    config: TrainingConfig, spec: ModelSpec, encoder: Encoder, data: DataSets, order: StepOrder
+) -> Workload:
     """A micro-batch of the training samples with the most tokens, image tokens among them.
 
     Validation is planned with the same samples: it answers as many of them as a batch of it holds, and none where the
-    run has no validation samples.
+    run has no validation samples. Where samples share rows, training is planned with a full row instead, and with as
+    many of them as a step of `order` has in the mean.
 
     Raises:
         DataError: an image that was good when it was checked can't be read any more.
     """
-    rank = _rank(config, spec)
-    order = heapq.nlargest(
-        config.training.batch_size, range(len(data.train)), key=lambda index: rank(data.train_sizes[index])
-    )
-    samples = tuple(data.train[index] for index in order)
+    sizes = sample_sizes(config, spec, data)
+    largest = heapq.nlargest(config.training.batch_size, range(len(sizes)), key=lambda index: sizes[index])
+    samples = tuple(data.train[index] for index in largest)
     (batch,) = validation_batches(encoder, samples, batch_size=len(samples))
     num_generated = min(config.validation.num_generated, len(samples)) if data.validation else 0
-    return Workload(encoder.processor, encoder, samples, batch, num_generated)
+    plain = Workload(encoder.processor, encoder, samples, batch, num_generated)
+    if config.training.batching is not Batching.PACKED:
+        return plain
+    measured = [
+        MeasuredSample(sample, size.num_text_tokens, num_tokens - size.num_text_tokens)
+        for sample, size, num_tokens in zip(data.train, data.train_sizes, sizes, strict=True)
+    ]
+    row = largest_row(measured, order.grouping.row_tokens, plain)
+    return replace(row, num_micro_batches=mean_micro_batches(order))
+
+
+def sample_sizes(config: TrainingConfig, spec: ModelSpec, data: DataSets) -> list[Any]:
+    """What orders the training samples by length: their tokens; see `_rank` for derived families."""
+    rank = _rank(config, spec)
+    return [rank(size) for size in data.train_sizes]
 
 
 def num_image_tokens(config: TrainingConfig, spec: ModelSpec, data: DataSets) -> int:
@@ -51,7 +69,7 @@ def num_image_tokens(config: TrainingConfig, spec: ModelSpec, data: DataSets) ->
     )
 
 
-def _rank(config: TrainingConfig, spec: ModelSpec) -> Callable[[SampleSize], tuple[int, int]]:
+def _rank(config: TrainingConfig, spec: ModelSpec) -> Callable[[SampleSize], Any]:
     """What orders samples by their tokens.
 
     Image tokens of a derived family can only be counted by processing each image: its samples are ordered by their
@@ -64,4 +82,4 @@ def _rank(config: TrainingConfig, spec: ModelSpec) -> Callable[[SampleSize], tup
     def num_image_tokens(width_px: int, height_px: int) -> int:
         return spec.family.num_image_tokens(spec.facts, config.data.image_size, width_px=width_px, height_px=height_px)
 
-    return lambda size: (size.num_text_tokens + sum(num_image_tokens(*size_px) for size_px in size.image_sizes_px), 0)
+    return lambda size: size.num_text_tokens + sum(num_image_tokens(*size_px) for size_px in size.image_sizes_px)

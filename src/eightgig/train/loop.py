@@ -102,6 +102,7 @@ class TrainingLoop:
             "grad_norm": grad_norm,
             "skipped": not is_applied,
             **counts,
+            "padding_share": 1 - counts["num_tokens"] / counts["num_computed_tokens"],
             "step_s": step_s,
             "data_wait_s": data_wait_s,
             "tokens_per_s": counts["num_tokens"] / step_s,
@@ -133,7 +134,7 @@ def _is_due(step: int, every_steps: int | None) -> bool:
 
 
 def _count(run: Run, micro_batches: list[MicroBatch]) -> Mapping[str, int]:
-    """Target tokens, tokens and images of the whole step, over all processes."""
-    names = ("num_target_tokens", "num_tokens", "num_images")
+    """Target tokens, tokens without and with padding, and images of the whole step, over all processes."""
+    names = ("num_target_tokens", "num_tokens", "num_computed_tokens", "num_images")
     own = [sum(getattr(batch, name) for batch in micro_batches) for name in names]
     return dict(zip(names, run.total_over_processes(*own), strict=True))

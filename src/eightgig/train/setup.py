@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from eightgig.config import TrainingConfig
 from eightgig.core.errors import ConfigError, EnvironmentProblem, Problem
 from eightgig.data.encode import Encoder
+from eightgig.data.grouping import Grouping
 from eightgig.data.order import StepOrder
 from eightgig.data.quarantine import Quarantine
 from eightgig.data.sets import read_data
@@ -23,6 +24,7 @@ from eightgig.memory.segments import prefer_expandable_segments
 from eightgig.models.adapters import adapted_layers, attach_adapters
 from eightgig.models.least_memory import CONTEXT_BYTES
 from eightgig.models.load import LoadedModel, load_model, load_processor
+from eightgig.models.packed_rows import check_can_pack, pack_as_configured
 from eightgig.models.precision import Precision, choose_precision
 from eightgig.models.tower_features import check_features_can_be_kept
 from eightgig.models.tower_in_4bit import tower_weights_kept
@@ -37,7 +39,7 @@ from eightgig.step.build import (
 from eightgig.train.datasets import check_data
 from eightgig.train.events import TrainingListener
 from eightgig.train.image_features import FeatureCache, FeaturePlace, FedRun
-from eightgig.train.largest_batch import largest_training_batch, num_image_tokens
+from eightgig.train.largest_batch import largest_training_batch, num_image_tokens, sample_sizes
 from eightgig.train.memory_meter import MemoryMeter
 from eightgig.train.planning import PlanDoors, Question, plan_run
 from eightgig.train.positions import positions_note
@@ -114,15 +116,17 @@ def build_run(
     read = read_data(config.data, Quarantine(folder.quarantine))
     spec = resolve(config.model.name, config.model.revision)
     check_features_can_be_kept(config, spec)
+    check_can_pack(config, spec)
     for text in _notes(config, spec):
         listener.on_message(text)
     encoder = _build_encoder(config, spec)
     data = check_data(read, config, encoder, folder, listener)
+    order = _order(config, spec, data)
     planned = None
     if place.accelerator.is_main_process:
         question = None
         card = doors.find_card(place.device)
-        workload = functools.partial(largest_training_batch, config, spec, encoder, data)
+        workload = functools.partial(largest_training_batch, config, spec, encoder, data, order)
         if card is not None:
             tokens = functools.partial(num_image_tokens, config, spec, data)
             others_bytes = used_by_others(place.device, CONTEXT_BYTES)
@@ -146,11 +150,11 @@ def build_run(
     feature_place = FeaturePlace(compute, meter, place.accelerator)
     measure_tower(loaded, originals, encoder, data, feature_place, listener)
     fed = _fed(config, loaded, encoder, data, feature_place, listener)
+    pack_as_configured(config, spec, loaded.model)
     tile_as_configured(config, spec, loaded.model)
     checkpoint_as_configured(config, spec, loaded.model)
     offload_as_configured(config, spec, loaded.model)
     training = config.training
-    order = StepOrder(len(data.train), training.batch_size, training.gradient_accumulation_steps, config.seed)
     num_steps = training.max_steps or order.steps_per_epoch * training.num_epochs
     step = build_step(
         config,
@@ -173,6 +177,12 @@ def build_run(
         planned=planned,
         fed=fed,
     )
+
+
+def _order(config: TrainingConfig, spec: ModelSpec, data: DataSets) -> StepOrder:
+    training = config.training
+    grouping = Grouping(training.batching, training.batch_size, sample_sizes(config, spec, data))
+    return StepOrder(len(data.train), training.batch_size, training.gradient_accumulation_steps, config.seed, grouping)
 
 
 def _fed(
