@@ -141,6 +141,9 @@ class DataConfig(Section):
     worker_start_method: Literal["auto", "fork", "spawn", "forkserver"] = Field(
         "auto", description="how those processes start; auto = the system's usual way"
     )
+    worker_timeout_s: Count | None = Field(
+        300, description="seconds after which such a process that gives nothing is ended and started anew; null = never"
+    )
 
 
 class HardwareConfig(Section):
