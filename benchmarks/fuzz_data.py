@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.fuzz_inputs import SHAPES, fuzzed_image, fuzzed_line, good_record
 from benchmarks.record import write_record
 
-IMAGES_A_BATCH, LINES_A_BATCH = 500, 1000
+IMAGES_A_BATCH, LINES_A_BATCH = 2000, 2000  # loading transformers takes longer than a thousand inputs
 LIMIT_S = 600.0
 ACCEPTED = "accepted"
 
@@ -117,7 +117,10 @@ def in_own_process(kind: str, first_seed: int, num: int) -> dict[str, Any]:
 
 def summary(kind: str, num: int, size: int) -> dict[str, Any]:
     """All batches of `num` inputs of a kind, `size` in each."""
-    batches = [in_own_process(kind, first, min(size, num - first)) for first in range(0, num, size)]
+    batches = []
+    for first in range(0, num, size):
+        batches.append(in_own_process(kind, first, min(size, num - first)))
+        print(f"{kind} {first} to {min(first + size, num)}: {batches[-1].get('failed', 'done')}", file=sys.stderr)
     whole = [batch for batch in batches if "failed" not in batch]
     failed = [batch for batch in batches if "failed" in batch]
     become = sum((Counter(batch["become"]) for batch in whole), Counter[str]())
