@@ -214,7 +214,7 @@ def test_the_first_overflows_of_fp16_are_no_alarm_and_endless_ones_are(monkeypat
         seen = watch.look(2.0, math.inf)
         assert seen.non_finite_gradients == ("a",)
         quiet += seen.is_overflow
-        watch.judge(step, seen, [])
+        watch.judge(step, [])
         scaler._scale = torch.tensor(scaler.get_scale() / 2)  # as `update` does
 
     for step in range(1, 19):
@@ -229,7 +229,8 @@ def test_the_first_overflows_of_fp16_are_no_alarm_and_endless_ones_are(monkeypat
 
 def test_a_loss_that_is_not_finite_is_no_matter_of_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     watch, journal = _watch(torch.amp.GradScaler("cpu"), monkeypatch)
-    watch.judge(1, watch.look(math.inf, math.inf), [])
+    watch.look(math.inf, math.inf)
+    watch.judge(1, [])
     assert len(journal.texts) == 1
 
 
@@ -237,10 +238,11 @@ def test_a_spike_is_told_with_its_samples(monkeypatch: pytest.MonkeyPatch) -> No
     watch, journal = _watch(None, monkeypatch)
     batches: Any = [SimpleNamespace(sample_ids=(f"s{index}",)) for index in range(6)]
     for step in range(1, 31):
-        watch.judge(step, watch.look(1.0, 2.0), batches)
-    seen = watch.look(1.0, 30.0)
-    assert seen.is_spike
-    watch.judge(31, seen, batches)
+        assert not watch.look(1.0, 2.0).is_spike
+        watch.judge(step, batches)
+    for _ in range(50):  # a step that is begun anew counts once
+        assert watch.look(1.0, 30.0).is_spike
+    watch.judge(31, batches)
     assert journal.texts == [
         "step 31: the gradient norm 30 is 15.0 times the usual 2; its samples were s0, s1, s2, s3 and 2 more"
     ]

@@ -11,8 +11,12 @@ from eightgig.train.spikes import MIN_STEPS, SpikeDetector
 
 
 def spikes_of(norms: list[float]) -> list[int]:
-    detector = SpikeDetector()
-    return [index for index, norm in enumerate(norms) if detector.see(norm)]
+    detector, found = SpikeDetector(), []
+    for index, norm in enumerate(norms):
+        if detector.is_spike(norm):
+            found.append(index)
+        detector.remember(norm)
+    return found
 
 
 @pytest.mark.parametrize("factor", [10, 100, 1e6])
@@ -47,6 +51,6 @@ def test_a_norm_of_zero_is_no_number_to_compare_with() -> None:
     detector = SpikeDetector()
     assert detector.usual_norm is None
     for norm in [2.0] * MIN_STEPS:
-        detector.see(norm)
+        detector.remember(norm)
     assert detector.usual_norm is not None
     assert math.isclose(detector.usual_norm, 2.0)

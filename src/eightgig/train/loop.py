@@ -113,7 +113,7 @@ class TrainingLoop:
             **run.meter.step_fields(),
         }
         self.journal.step(record, eta_s=self._eta_s(step, step_s), steps_planned=run.num_steps)
-        self._watch.judge(step, seen, micro_batches)
+        self._watch.judge(step, micro_batches)
 
     def _seed(self, step: int) -> None:
         """Start every generator anew for `step`: a resumed or repeated step draws what it would have drawn."""

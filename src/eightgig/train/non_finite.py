@@ -56,15 +56,19 @@ class NumberWatch:
         self._blamed: Counter[str] = Counter()  # samples in micro-batches whose loss was not finite
         self._folders: list[Path] = []
         self._usual_norm: float | None = None
+        self._seen: SeenNumbers | None = None
 
     def look(self, loss: float, grad_norm: float) -> SeenNumbers:
-        """What the step's numbers are; call it between `finish_gradients` and `apply`."""
+        """What the step's numbers are; call it between `finish_gradients` and `apply`.
+
+        A step that is begun anew may be looked at again: only `judge` counts it.
+        """
         step = self._run.step
         self._usual_norm = self._spikes.usual_norm
         is_spike = is_overflow = False
         names: tuple[str, ...] = ()
         if math.isfinite(grad_norm):
-            is_spike = self._spikes.see(grad_norm)
+            is_spike = self._spikes.is_spike(grad_norm)
         else:
             is_overflow = (
                 step.scaler is not None and math.isfinite(loss) and step.scaler.get_scale() > SMALLEST_LOSS_SCALE
@@ -74,14 +78,19 @@ class NumberWatch:
                 for name, parameter in step.trainable.items()
                 if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
             )
-        return SeenNumbers(loss, grad_norm, is_spike, is_overflow, names)
+        self._seen = SeenNumbers(loss, grad_norm, is_spike, is_overflow, names)
+        return self._seen
 
-    def judge(self, step: int, seen: SeenNumbers, micro_batches: Sequence[MicroBatch]) -> None:
-        """Say and write down what stands out; call it after `apply` and after the step was logged.
+    def judge(self, step: int, micro_batches: Sequence[MicroBatch]) -> None:
+        """Say and write down what stands out about what was looked at last; call it when the step is done and logged.
 
         Raises:
             TrainingDiverged: this is the last of `training.max_skipped_steps` steps in a row without finite numbers.
         """
+        seen = self._seen
+        assert seen is not None
+        if math.isfinite(seen.grad_norm):
+            self._spikes.remember(seen.grad_norm)
         if seen.is_finite:
             self._num_in_a_row = 0
             self._blamed.clear()

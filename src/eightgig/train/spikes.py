@@ -30,17 +30,16 @@ class SpikeDetector:
         """The median of the norms before; None while there are too few."""
         return math.exp(median(self._logs)) if len(self._logs) >= MIN_STEPS else None
 
-    def see(self, grad_norm: float) -> bool:
-        """Whether `grad_norm` (finite) is a spike beside those seen before; it counts among them from now on."""
-        if grad_norm <= 0:
-            return False
-        log = math.log(grad_norm)
-        is_spike = len(self._logs) >= MIN_STEPS and self._stands_out(log)
-        self._logs.append(log)
-        return is_spike
+    def remember(self, grad_norm: float) -> None:
+        """Count `grad_norm` (finite) among those that later ones are compared with."""
+        if grad_norm > 0:
+            self._logs.append(math.log(grad_norm))
 
-    def _stands_out(self, log: float) -> bool:
+    def is_spike(self, grad_norm: float) -> bool:
+        """Whether `grad_norm` (finite) stands out from those remembered."""
+        if grad_norm <= 0 or len(self._logs) < MIN_STEPS:
+            return False
         middle = median(self._logs)
         spread = median(abs(other - middle) for other in self._logs)
-        above = log - middle
+        above = math.log(grad_norm) - middle
         return above > math.log(MIN_RATIO) and SCORE_SCALE * above > MIN_SCORE * spread
