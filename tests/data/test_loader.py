@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -191,6 +193,78 @@ def test_a_worker_that_the_system_ends(
     with pytest.raises(EnvironmentProblem, match="a data worker was ended by the system") as caught:
         next(iter(loader))
     assert "data.num_workers" in caught.value.next_step
+    waited_for = [samples[index] for index in order.micro_batches(0)[0]]
+    assert "3 times in a row; it was waited for " in caught.value.found
+    for sample in waited_for:
+        assert f"{sample.sample_id} ({sample.source})" in caught.value.found
+    assert no_workers_left()
+
+
+def no_workers_left() -> bool:
+    """Whether all child processes of this one have ended, within a short time."""
+    for child in multiprocessing.active_children():
+        child.join(timeout=10)
+    return multiprocessing.active_children() == []
+
+
+class _FailingOnce(Encoder):
+    """An encoder whose process dies or hangs the first time that it meets each of some samples."""
+
+    def fail_at(self, kind: str, sample_ids: set[str], marks: Path) -> None:
+        self.kind, self.sample_ids, self.marks = kind, sample_ids, marks
+
+    def encode(self, sample: Sample) -> EncodedSample:
+        mark = self.marks / sample.sample_id
+        if sample.sample_id in self.sample_ids and not mark.exists():
+            mark.touch()
+            if self.kind == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(1000)
+        return super().encode(sample)
+
+
+@pytest.mark.parametrize(("kind", "num_workers"), [("dies", 1), ("dies", 2), ("hangs", 2)])
+def test_workers_that_die_or_hang_are_started_again_and_nothing_changes(
+    samples: tuple[Sample, ...],
+    encoder: Encoder,
+    processor: LlavaProcessor,
+    order: StepOrder,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    num_workers: int,
+) -> None:
+    failing = _FailingOnce(processor, LlavaFamily(), max_length=4096)
+    unlucky = [samples[order.micro_batches(step)[batch][0]] for step, batch in ((1, 1), (3, 0))]
+    failing.fail_at(kind, {sample.sample_id for sample in unlucky}, tmp_path)
+    workers = WorkerSettings(num_workers, "fork", timeout_s=2.0)
+    before = signal.getsignal(signal.SIGCHLD)
+    assert_same(
+        list(StepLoader(samples, failing, order, steps=range(5), workers=workers)),
+        list(StepLoader(samples, encoder, order, steps=range(5))),
+    )
+    assert signal.getsignal(signal.SIGCHLD) == before
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 2
+    reason = "ended by the system" if kind == "dies" else "has given nothing for 2 s (data.worker_timeout_s)"
+    assert all(reason in text and "start again from there" in text for text in told)
+    assert no_workers_left()
+
+
+def test_a_worker_that_dies_while_training_computes_raises_nothing_there(
+    samples: tuple[Sample, ...], encoder: Encoder, order: StepOrder
+) -> None:
+    """torch would raise an error out of whatever runs when the system tells of the death: a backward pass, say."""
+    steps = iter(StepLoader(samples, encoder, order, steps=range(4), workers=WorkerSettings(1, "fork")))
+    found = [next(steps)]
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join(timeout=10)
+    assert sum(range(100_000)) == 4999950000  # the computing
+    found += list(steps)
+    assert_same(found, list(StepLoader(samples, encoder, order, steps=range(4))))
+    assert no_workers_left()
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])

@@ -166,3 +166,63 @@ def test_a_process_without_a_gradient_for_a_parameter_still_joins_the_sum() -> N
     step([], 1)  # no micro-batch for this process
     step.apply(step.finish_gradients())
     assert seen.numel == sum(parameter.numel() for parameter in model.parameters())
+
+
+def _state(step: TrainingStep) -> dict[str, torch.Tensor]:
+    """All that an update changes, copied."""
+    state = {name: parameter.detach().clone() for name, parameter in step.trainable.items()}
+    for number, entry in enumerate(step.optimizer.state.values()):
+        state |= {f"{number}.{key}": torch.as_tensor(value).clone() for key, value in entry.items()}
+    return state
+
+
+@pytest.mark.parametrize("is_scaled", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 3e38])
+def test_a_step_that_is_skipped_leaves_weights_and_adams_state_as_they_were(bad: float, is_scaled: bool) -> None:
+    """3e38: finite, but the norm of two such numbers is not; clipping by it would have Adam step by its momentum."""
+    model = _model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4) if is_scaled else None
+    step = _step(model, optimizer=optimizer, scheduler=LambdaLR(optimizer, lambda _: 1.0), scaler=scaler)
+    batch = _batch(_rows(4))
+    step([batch], batch.num_target_tokens)
+    assert step.apply(step.finish_gradients())
+    before = _state(step)
+    assert len(before) == 5 * 4  # weight, step and two moments of each parameter
+
+    step([batch], batch.num_target_tokens)
+    factor = 1.0 if scaler is None else scaler.get_scale()
+    gradient = model.head.weight.grad
+    assert gradient is not None
+    gradient[0, :2] = bad
+    model.body.bias.grad = torch.ones(16) * factor
+    grad_norm = step.finish_gradients()
+    assert not math.isfinite(grad_norm) or (is_scaled and bad == 3e38)  # unscaled, 3e38 / 16 has a finite norm
+    if math.isfinite(grad_norm):
+        grad_norm = math.nan  # as the loop has it where the loss is not finite
+    else:
+        assert torch.equal(model.body.bias.grad, torch.ones(16))  # no NaN spread to it
+    assert not step.apply(grad_norm)
+    after = _state(step)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    if scaler is not None:
+        assert scaler.get_scale() == (2.0**3 if bad != 3e38 else 2.0**4)  # halved where a gradient overflowed
+
+    step([batch], batch.num_target_tokens)  # and the next step is as if nothing had been
+    assert step.apply(step.finish_gradients())
+    assert {name for name, value in _state(step).items() if not torch.equal(value, before[name])} == set(before)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.01, 0.7, 1e9])
+def test_norm_and_clipping_are_those_of_clip_grad_norm(max_grad_norm: float) -> None:
+    model, twin = _model(), _model()
+    batch = _batch(_rows(5))
+    for each in (model, twin):
+        _step(each)([batch], batch.num_target_tokens)
+    expected = nn.utils.clip_grad_norm_(twin.parameters(), max_grad_norm)
+    assert _step(model, max_grad_norm=max_grad_norm).finish_gradients() == float(expected)
+    for found, reference in zip(model.parameters(), twin.parameters(), strict=True):
+        assert found.grad is not None
+        assert reference.grad is not None
+        assert torch.equal(found.grad, reference.grad)

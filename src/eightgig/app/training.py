@@ -200,6 +200,7 @@ def _loader(run: Run, steps_done: int) -> StepLoader:
         workers=WorkerSettings(
             num_workers=settings.num_workers,
             start_method=settings.worker_start_method,
+            timeout_s=settings.worker_timeout_s,
             pin_memory=run.step.compute.device.type == "cuda",
         ),
         process_index=run.accelerator.process_index,

@@ -1,6 +1,6 @@
 """The entry point: runs the command line and turns every way of failing into a message and an exit code.
 
-Exit codes: 0 done, 1 to 7 the user's errors of `core.errors`, 2 also a wrong option, 70 an error that is ours,
+Exit codes: 0 done, 1 to 8 the user's errors of `core.errors`, 2 also a wrong option, 70 an error that is ours,
 130 stopped with Ctrl-C.
 """
 

@@ -97,6 +97,9 @@ class TrainingHyperparameters(Section):
     warmup_ratio: Fraction = Field(0.03, description="share of all steps in which the rate rises from 0")
     lr_schedule: Literal["cosine", "constant"] = Field("cosine", description="what follows the warm-up")
     max_grad_norm: PositiveNumber = Field(1.0, description="gradients are clipped to this norm")
+    max_skipped_steps: Count = Field(
+        5, description="stop after so many steps in a row without a finite loss and gradient; each of them is skipped"
+    )
     optimizer: OptimizerName = Field(
         OptimizerName.AUTO, description="auto = 8-bit AdamW on CUDA, PyTorch's AdamW on the CPU"
     )
@@ -142,6 +145,9 @@ class DataConfig(Section):
     num_workers: CountOrZero = Field(2, description="processes that decode images; 0 = the training process itself")
     worker_start_method: Literal["auto", "fork", "spawn", "forkserver"] = Field(
         "auto", description="how those processes start; auto = the system's usual way"
+    )
+    worker_timeout_s: Count | None = Field(
+        300, description="seconds after which such a process that gives nothing is ended and started anew; null = never"
     )
 
 

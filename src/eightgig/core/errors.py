@@ -6,7 +6,8 @@ EightGigError
 ├── DoesNotFit           memory (GPU, RAM or disk) does not suffice
 ├── UnsupportedModel     the model is not known, or can't be handled
 ├── EnvironmentProblem   the machine, a package, the network or a permission is in the way
-└── CheckpointError      a run folder or checkpoint is missing, damaged or does not match
+├── CheckpointError      a run folder or checkpoint is missing, damaged or does not match
+└── TrainingDiverged     loss or gradients stay without a finite value
 
 Each says what was found, what was expected and what to do next. Only `cli` turns them into exit codes.
 """
@@ -92,3 +93,9 @@ class CheckpointError(EightGigError):
     """A run folder or checkpoint is missing, damaged, or does not belong to this run."""
 
     exit_code = 7
+
+
+class TrainingDiverged(EightGigError):
+    """Loss or gradients were no finite numbers in so many steps in a row that going on would learn nothing."""
+
+    exit_code = 8

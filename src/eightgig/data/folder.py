@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from eightgig.data.records import decode_text
+from eightgig.data.quarantine import ProblemCode, SampleProblem
+from eightgig.data.records import decode_utf8
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 """Names that Hugging Face's ImageFolder gives the file with one row an image."""
@@ -20,10 +21,30 @@ def metadata_file(folder: Path) -> Path | None:
     return next((folder / name for name in METADATA_NAMES if (folder / name).is_file()), None)
 
 
-def captioned_images(folder: Path) -> Iterator[tuple[Path, str | None]]:
-    """Each image at or below `folder`, in the order of the names, with the text of its same-stem `.txt` (or None)."""
+MAX_CAPTION_BYTES = 1 << 20
+
+
+def captioned_images(folder: Path) -> Iterator[tuple[Path, str | SampleProblem]]:
+    """Each image at or below `folder`, in the order of the names, with its same-stem `.txt`, or why there is none."""
     for image in sorted(folder.rglob("*")):
         if image.suffix.lower() not in IMAGE_SUFFIXES or not image.is_file():
             continue
-        caption = image.with_suffix(".txt")
-        yield image, decode_text(caption.read_bytes(), caption) if caption.is_file() else None
+        try:
+            yield image, _caption(image.with_suffix(".txt"))
+        except SampleProblem as problem:
+            yield image, problem
+
+
+def _caption(path: Path) -> str:
+    """The text in `path`. Raises SampleProblem."""
+    if not path.is_file():
+        raise SampleProblem(ProblemCode.MISSING_CAPTION, f"no {path.name} beside the image")
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(MAX_CAPTION_BYTES + 1)
+    except OSError as error:
+        raise SampleProblem(ProblemCode.MISSING_CAPTION, f"{path.name} can't be read: {error.strerror}") from error
+    if len(content) > MAX_CAPTION_BYTES:
+        reason = f"{path.name} holds more than {MAX_CAPTION_BYTES:,} bytes"
+        raise SampleProblem(ProblemCode.TOO_LARGE, reason)
+    return decode_utf8(content, path.name)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import stat
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -21,11 +25,39 @@ MAX_ASPECT_RATIO = 200
 """Longer images are refused, as Qwen2-VL's smart_resize does (transformers): resizing the short side to a model's size
 would blow up the long one to hundreds of megabytes."""
 
+MAX_FILE_BYTES = 384 << 20
+"""Larger files are not opened: a picture of as many pixels as Pillow takes has 341 MiB uncompressed with transparency,
+and what lies between its pixels (a colour profile, texts) is read whole."""
+
+LARGE_PX = 16_000_000
+"""Images of more pixels are checked one at a time: a decoded pixel takes some ten bytes, in each checking thread."""
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""What is read, by Pillow's names. Not all it knows: an EPS file is a program, which it has Ghostscript run."""
+
 _WHITE = (255, 255, 255, 255)
 _ON_ITS_SIDE = (5, 6, 7, 8)  # values of EXIF's orientation that swap width and height
+_TO_8_BIT = ((np.arange(65536) * 255 + 32767) // 65535).astype(np.uint8)
 
-# What Pillow's decoders were seen to raise on damaged files, beside OSError (which UnidentifiedImageError is).
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, struct.error, zlib.error)
+# Pillow's decoders raise whatever their arithmetic on damaged numbers comes to; these ancestors hold all that was seen,
+# among them UnidentifiedImageError (an OSError), OverflowError, IndexError, KeyError and EOFError.
+_DECODE_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+
+_one_large_image = threading.Lock()
 
 
 def load_image(part: ImagePart) -> Image.Image:
@@ -42,8 +74,12 @@ def check_image(part: ImagePart) -> tuple[int, int]:
     with _opened(part) as image:
         size = image.size
         image.draft(None, (1, 1))
-        _upright_rgb(image)
-        return _turned(size, image.getexif())
+        is_large = image.width * image.height > LARGE_PX
+        with _one_large_image if is_large else contextlib.nullcontext():
+            image.load()  # a PNG may say only behind its pixels how it is to be turned
+            upright_size = _turned(size, image.getexif())
+            _upright_rgb(image)
+        return upright_size
 
 
 def image_size(part: ImagePart) -> tuple[int, int]:
@@ -61,17 +97,39 @@ def image_size(part: ImagePart) -> tuple[int, int]:
 def _opened(part: ImagePart) -> Iterator[Image.Image]:
     """The image, its header read and found reasonable; errors inside the block become SampleProblem."""
     try:
-        with Image.open(part.path if part.path is not None else io.BytesIO(part.data or b"")) as image:
+        if part.path is not None:
+            _check_file(part.path)
+        with Image.open(
+            part.path if part.path is not None else io.BytesIO(part.data or b""), formats=_known()
+        ) as image:
             _check_size(part, image.size)
             yield image
     except FileNotFoundError as error:
         raise SampleProblem(ProblemCode.MISSING_FILE, f"{part} does not exist") from error
     except UnidentifiedImageError as error:
-        raise SampleProblem(ProblemCode.NOT_AN_IMAGE, f"{part} is no image that Pillow can read") from error
+        known = ", ".join(FORMATS)
+        raise SampleProblem(ProblemCode.NOT_AN_IMAGE, f"{part} is no image that Pillow can read as {known}") from error
     except Image.DecompressionBombError as error:
         raise SampleProblem(ProblemCode.TOO_MANY_PIXELS, f"{part}: {error}") from error
     except _DECODE_ERRORS as error:
         raise SampleProblem(ProblemCode.BROKEN_IMAGE, f"{part} can't be decoded: {error}") from error
+
+
+@functools.cache
+def _known() -> tuple[str, ...]:
+    """Those of `FORMATS` that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what would be waited for without end (a pipe), and what is too large to be read. Raises SampleProblem."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise SampleProblem(ProblemCode.NOT_AN_IMAGE, f"{path} is no file but a pipe or a device")
+    if status.st_size > MAX_FILE_BYTES:
+        reason = f"{path} has {status.st_size:,} bytes, more than {MAX_FILE_BYTES:,}"
+        raise SampleProblem(ProblemCode.TOO_LARGE, reason)
 
 
 def _check_size(part: ImagePart, size: tuple[int, int]) -> None:
@@ -97,7 +155,8 @@ def _turned(size: tuple[int, int], exif: Image.Exif) -> tuple[int, int]:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    upright = ImageOps.exif_transpose(image)
+    upright = image
+    ImageOps.exif_transpose(upright, in_place=True)  # not a copy of what may be hundreds of megabytes
     if upright.mode.startswith("I"):
         return _from_16_bit(upright)
     if upright.mode == "F":
@@ -112,10 +171,10 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
     """Grey values 0 … 65535 as RGB 0 … 255; Pillow's own conversion would clip them at 255."""
-    values = np.asarray(image, dtype=np.int64)
+    values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise SampleProblem(
             ProblemCode.UNSUPPORTED_MODE,
             f"grey values from {values.min()} to {values.max()}: save the image with 8 or 16 bits",
         )
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    return Image.fromarray(_TO_8_BIT[values]).convert("RGB")

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from eightgig.core.errors import DataError, EnvironmentProblem
+from eightgig.core.logging import get_logger
 from eightgig.data.batch import EncodedSample, MicroBatch
 from eightgig.data.collate import collate, pack
 from eightgig.data.encode import Encoder
 from eightgig.data.order import StepOrder
 from eightgig.data.quarantine import SampleProblem
 from eightgig.data.sample import Sample
+from eightgig.data.workers import POLL_S, WorkersFailed, next_of, quiet_when_a_worker_ends
 from eightgig.registry.facts import ImageLayout
 
 Value = TypeVar("Value")
 
-# How torch's DataLoader words it, by whether it finds the worker gone or its signal handler is told so.
-_WORKER_ENDED = re.compile(r"DataLoader worker .*(exited unexpectedly|killed by signal)")
+MAX_RESTARTS_IN_A_ROW = 2  # for one micro-batch: what ends its worker a third time is not chance
+MAX_RESTARTS = 20  # in all: a machine that ends workers again and again has too little memory for them
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,13 @@ class WorkerSettings:
         num_workers: worker processes; 0 decodes in the training process itself.
         start_method: "fork", "spawn", "forkserver", or "auto" (fork on Linux, where it is quickest, else spawn).
         pin_memory: whether batches lie in page-locked memory, for copies to a GPU that overlap with its work.
+        timeout_s: how long a micro-batch is waited for before its worker counts as hung; None = without end.
     """
 
     num_workers: int = 0
     start_method: str = "auto"
     pin_memory: bool = False
+    timeout_s: float | None = None
 
 
 class StepLoader:
@@ -85,23 +92,58 @@ class StepLoader:
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         """Yield each step's micro-batches.
 
+        Workers that die or hang are started anew, from the micro-batch that was waited for: what comes is the same.
+
         Raises:
             DataError: a sample that was good before can't be read any more, e.g. because its image has gone.
-            EnvironmentProblem: the system ended a worker.
+            EnvironmentProblem: workers died or hung again and again.
         """
-        batches = iter(self._data_loader())
+        batches = self._batches()
         for step in self._steps:
-            yield [_next_batch(batches) for _ in self._share(step)]
+            yield [_or_raise(next(batches)) for _ in self._share(step)]
+
+    def _batches(self) -> Iterator[MicroBatch | _Failure]:
+        """All micro-batches to come, in order, from workers that are started again where they fail."""
+        num_done = num_restarts = num_in_a_row = 0
+        num_batches = sum(len(self._share(step)) for step in self._steps)
+        batches, processes = self._started(0)
+        while num_done < num_batches:
+            try:
+                batch = next_of(batches, self._workers.timeout_s)
+            except WorkersFailed as failed:
+                reason = str(failed)
+            else:
+                num_done, num_in_a_row = num_done + 1, 0
+                yield batch
+                continue
+            for process in processes:  # not asked to end: one that hangs would not hear it
+                process.kill()
+            # Outside of the handler: the error's traceback holds the iterator, which lets go of its processes here.
+            del batches
+            num_restarts, num_in_a_row = num_restarts + 1, num_in_a_row + 1
+            waited_for = next(itertools.islice(self.sample_lists(), num_done, None))
+            where = ", ".join(f"{sample.sample_id} ({sample.source})" for sample in waited_for)
+            if num_in_a_row > MAX_RESTARTS_IN_A_ROW or num_restarts > MAX_RESTARTS:
+                raise _ended_again(reason, where, num_restarts)
+            logger.warning("%s; it was waited for %s. All data workers start again from there.", reason, where)
+            batches, processes = self._started(num_done)
+
+    def _started(self, num_done: int) -> tuple[Iterator[MicroBatch | _Failure], list[BaseProcess]]:
+        """The micro-batches after the first `num_done`, and the processes that make them."""
+        others = set(multiprocessing.active_children())
+        with quiet_when_a_worker_ends():
+            batches = iter(self._data_loader(num_done))
+        return batches, [process for process in multiprocessing.active_children() if process not in others]
 
     def _share(self, step: int) -> list[list[int]]:
         """The micro-batches of `step` that this process gets, as sample indices."""
         return self._order.micro_batches(step)[self._process_index :: self._num_processes]
 
-    def _data_loader(self) -> DataLoader[EncodedSample]:
+    def _data_loader(self, num_done: int) -> DataLoader[EncodedSample]:
         num_workers = self._workers.num_workers
         return DataLoader(
             _EncodedSamples(self._encoder),
-            batch_sampler=_SampleLists(self),  # samples themselves, not indices: see the class's text
+            batch_sampler=_SampleLists(self, num_done),  # samples themselves, not indices: see the class's text
             collate_fn=partial(
                 _collate_or_failure,
                 pad_token_id=self._encoder.pad_token_id,
@@ -111,6 +153,7 @@ class StepLoader:
             num_workers=num_workers,
             multiprocessing_context=_start_context(self._workers.start_method) if num_workers else None,
             pin_memory=self._workers.pin_memory,
+            timeout=POLL_S if num_workers else 0,
             # Its own: torch draws the workers' seed, and from the global one that would shift a resumed run's dropout.
             generator=torch.Generator(),
         )
@@ -156,11 +199,12 @@ class _Failure:
 class _SampleLists:
     """torch's batch sampler, handing over samples themselves instead of indices; iterable again and again."""
 
-    def __init__(self, loader: StepLoader) -> None:
+    def __init__(self, loader: StepLoader, num_done: int) -> None:
         self._loader = loader
+        self._num_done = num_done
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        return self._loader.sample_lists()
+        return itertools.islice(self._loader.sample_lists(), self._num_done, None)
 
 
 class _EncodedSamples(Dataset[EncodedSample]):
@@ -191,18 +235,16 @@ def _collate_or_failure(
     return pack(samples, layout) if packs else collate(samples, pad_token_id, layout)
 
 
-def _next_batch(batches: Iterator[MicroBatch | _Failure]) -> MicroBatch:
-    try:
-        batch = next(batches)
-    except RuntimeError as error:
-        if not _WORKER_ENDED.search(str(error)):
-            raise
-        raise EnvironmentProblem(
-            f"a data worker was ended by the system: {str(error).splitlines()[0]}",
-            expected="enough memory and shared memory (/dev/shm) for the workers",
-            next_step="set data.num_workers lower (0 decodes in the training process), or free memory",
-        ) from error
-    return _or_raise(batch)
+def _ended_again(reason: str, where: str, num_restarts: int) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"{reason}, for the {num_restarts}th time in this run; it was waited for {where}"
+        if num_restarts > MAX_RESTARTS
+        else f"{reason}, {num_restarts} times in a row; it was waited for {where}",
+        expected="workers with enough memory and shared memory (/dev/shm), and images that can be read in "
+        "data.worker_timeout_s",
+        next_step="set data.num_workers lower (0 decodes in the training process), free memory, or look at these "
+        "samples' images; then go on with `eightgig train --resume`",
+    )
 
 
 def _or_raise(value: Value | _Failure) -> Value:

@@ -17,6 +17,8 @@ class ProblemCode(StrEnum):
     """Why a sample can't be used; stable names for scripts that read `quarantine.jsonl`."""
 
     BAD_JSON = "bad_json"
+    BAD_ENCODING = "bad_encoding"
+    TOO_LARGE = "too_large"
     WRONG_SHAPE = "wrong_shape"
     BAD_FIELD = "bad_field"
     UNKNOWN_ROLE = "unknown_role"

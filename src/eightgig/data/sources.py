@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from eightgig.data.folder import METADATA_NAMES, captioned_images, metadata_file
 from eightgig.data.formats import FORMATS, detect_format, flat
 from eightgig.data.formats.record import RecordFormat, shown
 from eightgig.data.quarantine import ProblemCode, Quarantine, QuarantineRecord, SampleProblem
-from eightgig.data.records import Record, decode_text, read_csv_records, read_json_records
-from eightgig.data.sample import Message, Sample, SourceRef
+from eightgig.data.records import Record, encoding_error, read_records
+from eightgig.data.sample import Message, Sample, SourceRef, images_of
 
 DATA_SUFFIXES = (".json", ".jsonl")
+MAX_ID_CHARACTERS = 200  # an id is a name in messages and file names, not a text
 
 logger = get_logger(__name__)
 
@@ -58,7 +60,8 @@ class SampleSet:
 def load_samples(path: Path, image_root: Path | None, quarantine: Quarantine) -> SampleSet:
     """The samples of `path`: a JSON or JSONL file, or a folder of data files or of captioned images.
 
-    Relative image paths lie below `image_root`, or below the data file's own folder when it is None.
+    Relative image paths lie below `image_root`, or below the data file's own folder when it is None. An `image_root` is
+    a fence as well: no image outside of it is taken, be it named by an absolute path or by a link that leads out.
     No image is opened here. Records that can't be used go to `quarantine`.
 
     Raises:
@@ -75,6 +78,12 @@ def load_samples(path: Path, image_root: Path | None, quarantine: Quarantine) ->
             f"there is no folder {image_root}",
             expected="the folder that relative image paths start from, as data.image_root",
             next_step="correct --image-root, or leave it out where the images lie beside the data file",
+        )
+    if not path.is_file() and not path.is_dir():  # a pipe would be waited for without end, a device never ends
+        raise DataError(
+            f"{path} is neither a file nor a folder",
+            expected="a .json or .jsonl file, or a folder of data files or captioned images",
+            next_step="write what comes from it to a file first: it is read more than once",
         )
     num_before = len(quarantine)
     reader = _Reader(image_root, quarantine)
@@ -108,22 +117,21 @@ class _Reader:
 
     def read_file(self, path: Path, shapes: Sequence[RecordFormat] = FORMATS) -> None:
         """Read one file whose records have the one of `shapes` that its first fitting record shows."""
-        content = _read_bytes(path)
-        read = read_csv_records if path.suffix.lower() == ".csv" else read_json_records
-        records = read(decode_text(content, path), path)
+        records, digest = _read(path)
         shape = _file_format(path, records, shapes)
         root = self._image_root if self._image_root is not None else path.parent
         num_bad_before = len(self._quarantine)
         for record in records:
             source = SourceRef(path, record.line)
-            fields = record.value if isinstance(record.value, dict) else {}
-            sample_id = str(fields.get("id", f"{path.name}:{record.line}"))
+            sample_id = _sample_id(record, f"{path.name}:{record.line}")
             try:
-                self.samples.append(Sample(sample_id, _parse(record, shape, root), source))
+                messages = _parse(record, shape, root)
+                if self._image_root is not None:
+                    _refuse_images_outside(messages, self._image_root)
+                self.samples.append(Sample(sample_id, messages, source))
             except SampleProblem as problem:
                 self._quarantine.add(source, sample_id, problem)
         num_bad = len(self._quarantine) - num_bad_before
-        digest = hashlib.sha256(content).hexdigest()
         self.manifest.append(SourceFile(path, shape.name, digest, len(records), num_bad))
         logger.info("%s: %d records, %s shape, %d bad", path, len(records), shape.name, num_bad)
 
@@ -134,10 +142,11 @@ class _Reader:
         for image, caption in captioned_images(folder):
             num_images += 1
             source, sample_id = SourceRef(image, 0), image.relative_to(folder).as_posix()
-            digest.update(f"{sample_id}\0{caption}\0".encode())
+            # surrogateescape: a file's name may be no UTF-8, and is then told apart all the same
+            digest.update(f"{sample_id}\0{caption}\0".encode(errors="surrogateescape"))
             try:
-                if caption is None:
-                    raise SampleProblem(ProblemCode.MISSING_CAPTION, f"no {image.stem}.txt beside the image")
+                if isinstance(caption, SampleProblem):
+                    raise caption
                 messages = flat.FORMAT.parse({"image": str(image.absolute()), "caption": caption}, folder)
             except SampleProblem as problem:
                 self._quarantine.add(source, sample_id, problem)
@@ -167,13 +176,39 @@ def _parse(record: Record, shape: RecordFormat, root: Path) -> tuple[Message, ..
     return shape.parse(record.value, root)
 
 
-def _file_format(path: Path, records: Iterable[Record], shapes: Sequence[RecordFormat]) -> RecordFormat:
+def _sample_id(record: Record, otherwise: str) -> str:
+    """The record's own id where it is a name or a number, else `otherwise`."""
+    given = record.value.get("id") if isinstance(record.value, dict) else None
+    is_name = isinstance(given, str | int | float)
+    return str(given)[:MAX_ID_CHARACTERS] if is_name else otherwise
+
+
+def _refuse_images_outside(messages: Sequence[Message], image_root: Path) -> None:
+    """Raise SampleProblem for an image file that does not lie below `image_root`, links followed."""
+    root = os.path.realpath(image_root)
+    for part in images_of(messages):
+        if part.path is None:
+            continue
+        real = os.path.realpath(part.path)
+        if os.path.commonpath([root, real]) != root:
+            leads = f" (a link to {real})" if os.path.abspath(part.path) != real else ""
+            raise SampleProblem(
+                ProblemCode.PATH_OUTSIDE_ROOT,
+                f"image {part.path}{leads} lies outside of data.image_root = {image_root}: "
+                "set that to a folder above it, or leave it out",
+            )
+
+
+def _file_format(path: Path, records: list[Record], shapes: Sequence[RecordFormat]) -> RecordFormat:
     """The shape of the first record that has one of `shapes`. Raises DataError."""
     objects = [record.value for record in records if isinstance(record.value, dict)]
     found = next((shape for item in objects if (shape := detect_format(item, shapes)) is not None), None)
     if found is not None:
         return found
     known = "; ".join(f"{shape.name}: {shape.keys}" for shape in shapes)
+    other_encoding = encoding_error(path, records)
+    if not objects and other_encoding is not None:
+        raise other_encoding
     if not objects:
         raise DataError(
             f"{path} holds no record that could be read",
@@ -191,9 +226,12 @@ def _keys(record: Mapping[str, Any]) -> str:
     return ", ".join(shown(key) for key in list(record)[:12]) or "(none)"
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read(path: Path) -> tuple[list[Record], str]:
+    """The records of `path` and the SHA-256 of its content. Raises DataError."""
     try:
-        return path.read_bytes()
+        records = read_records(path)
+        with path.open("rb") as stream:
+            return records, hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise DataError(
             f"{path} can't be read: {error.strerror}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,6 +268,12 @@ def _explained_load_errors(config: TrainingConfig, spec: ModelSpec, device: torc
             f"a weights file of {spec.location} is damaged: {error}",
             expected="complete safetensors files",
             next_step="copy or download the model again; the file was probably cut off",
+        ) from error
+    except (pickle.UnpicklingError, EOFError) as error:  # torch's own text tells how to have the file run its code
+        raise CheckpointError(
+            f"a .bin file of {spec.location} holds something else than tensors, or is cut off; nothing of it was run",
+            expected="weights as safetensors, or .bin files that hold tensors and nothing else",
+            next_step="download the model again, or take a version of it that has safetensors",
         ) from error
     except torch.OutOfMemoryError as error:
         cap = config.hardware.cap_gib

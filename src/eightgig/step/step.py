@@ -109,26 +109,35 @@ class TrainingStep:
         return StepResult(total)
 
     def finish_gradients(self) -> float:
-        """Sum the gradients over processes, unscale and clip them; returns their L2 norm before clipping."""
+        """Sum the gradients over processes, unscale and clip them; returns their L2 norm before clipping.
+
+        Where that is not finite they stay as they are: clipping would spread NaN from one tensor to all of them, and
+        which one it came from could not be told any more.
+        """
         parameters = list(self.trainable.values())
         if self.sum_over_processes is not None:
             self._reduce_gradients(parameters)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        return float(nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        grad_norm = float(norm)
+        if math.isfinite(grad_norm):
+            nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+        return grad_norm
 
     def apply(self, grad_norm: float) -> bool:
         """Apply the optimizer to finished gradients and advance the schedule.
 
-        Returns False where `grad_norm` is not finite, so that no parameter moved. Such a step still counts in the
-        schedule: the step number, not the history, decides the learning rate.
+        Returns False where `grad_norm` is not finite, so that neither a parameter nor the optimizer's state moved. Such
+        a step still counts in the schedule: the step number, not the history, decides the learning rate.
         """
         is_applied = math.isfinite(grad_norm)
-        if self.scaler is not None:
+        if is_applied and self.scaler is not None:
             self.scaler.step(self.optimizer)
-            self.scaler.update()
         elif is_applied:
             self.optimizer.step()
+        if self.scaler is not None:
+            self.scaler.update()  # also of a step that is skipped: it halves the scale where gradients overflowed
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         return is_applied

@@ -17,8 +17,10 @@ WITHOUT_EFFECT_ON_RESULT = (
     ("output_dir",),
     ("data", "num_workers"),
     ("data", "worker_start_method"),
+    ("data", "worker_timeout_s"),
     ("hardware", "cap_gib"),
     ("hardware", "feature_cache_gib"),
+    ("training", "max_skipped_steps"),
     ("checkpoints",),
 )
 

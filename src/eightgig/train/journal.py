@@ -20,6 +20,11 @@ class Journal:
         self._is_main = is_main
         self._writer = open_writer(folder.path / "tensorboard") if is_main else None
 
+    @property
+    def folder(self) -> RunFolder:
+        """The run's folder."""
+        return self._folder
+
     def step(self, record: Mapping[str, Any], *, eta_s: float, steps_planned: int) -> None:
         """Log an optimizer step."""
         if self._is_main:

@@ -10,11 +10,11 @@ import torch
 from accelerate.utils import set_seed
 
 from eightgig.core.errors import DoesNotFit
-from eightgig.core.seeds import derive_seed
 from eightgig.core.units import format_bytes
 from eightgig.data.batch import MicroBatch
 from eightgig.models.adapters import check_gradients
 from eightgig.train.journal import Journal
+from eightgig.train.non_finite import NumberWatch
 from eightgig.train.plan_check import memory_line
 from eightgig.train.run import Run
 from eightgig.train.saving import Saver
@@ -34,6 +34,7 @@ class TrainingLoop:
         self.saver = saver
         self._seconds_per_step: float | None = None
         self._gradients_checked = False
+        self._watch = NumberWatch(run, journal)
 
     def train(self, batches: Iterator[list[MicroBatch]], *, steps_done: int) -> None:
         """Do all steps after `steps_done` (0 = a new run); `batches` gives this process's micro-batches of each.
@@ -41,6 +42,7 @@ class TrainingLoop:
         Raises:
             DoesNotFit: the GPU ran out of memory.
             EnvironmentProblem: the first gradients are not where they should be.
+            TrainingDiverged: too many steps in a row had no finite loss and gradient.
         """
         run = self.run
         if steps_done == 0:
@@ -90,8 +92,9 @@ class TrainingLoop:
         grad_norm = run.step.finish_gradients()
         self._check_gradients_once(grad_norm, counts["num_images"])
         learning_rate = run.step.scheduler.get_last_lr()[0]
-        is_applied = run.step.apply(grad_norm)
         loss = float(result.loss)
+        seen = self._watch.look(loss, grad_norm)
+        is_applied = run.step.apply(grad_norm if math.isfinite(loss) else math.nan)
         step_s = time.perf_counter() - started
         record = {
             "kind": "step",
@@ -101,6 +104,7 @@ class TrainingLoop:
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             "skipped": not is_applied,
+            "spike": seen.is_spike,
             **counts,
             "padding_share": 1 - counts["num_tokens"] / counts["num_computed_tokens"],
             "step_s": step_s,
@@ -110,11 +114,11 @@ class TrainingLoop:
             **run.meter.step_fields(),
         }
         self.journal.step(record, eta_s=self._eta_s(step, step_s), steps_planned=run.num_steps)
+        self._watch.judge(step, micro_batches)
 
     def _seed(self, step: int) -> None:
         """Start every generator anew for `step`: a resumed or repeated step draws what it would have drawn."""
-        seed = derive_seed(self.run.config.seed, "step", step, self.run.accelerator.process_index)
-        set_seed(seed % 2**32)  # numpy takes no more bits
+        set_seed(self.run.seed_of_step(step))
 
     def _check_gradients_once(self, grad_norm: float, num_images: int) -> None:
         """Check at the first step that can tell: all gradients finite, and an image in it where the data has any."""

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from eightgig.config import TrainingConfig
+from eightgig.core.seeds import derive_seed
 from eightgig.data.check import SampleSize
 from eightgig.data.encode import Encoder
 from eightgig.data.order import StepOrder
@@ -81,6 +82,10 @@ class Run:
         """The fixed validation samples whose answers are generated, spread evenly over the validation set."""
         num_wanted = min(self.config.validation.num_generated, len(self.data.validation))
         return [self.data.validation[i * len(self.data.validation) // num_wanted] for i in range(num_wanted)]
+
+    def seed_of_step(self, step: int) -> int:
+        """What every generator of this process starts from in `step`: a repeated step draws what it drew before."""
+        return derive_seed(self.config.seed, "step", step, self.accelerator.process_index) % 2**32  # numpy's limit
 
     def take_tower_back(self) -> None:
         """Put a tower that was off the card back, and pixels in its features' place, for what comes after training."""

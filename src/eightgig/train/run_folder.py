@@ -97,6 +97,11 @@ class RunFolder:
         return self.path / "quarantine.jsonl"
 
     @property
+    def non_finite(self) -> Path:
+        """The batches of steps that were skipped for a loss or gradient without a finite value."""
+        return self.path / "non_finite"
+
+    @property
     def data(self) -> Path:
         """The data files with their hashes, and what the check counted."""
         return self.path / "data.json"

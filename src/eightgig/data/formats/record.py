@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import os.path
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,14 @@ from eightgig.data.quarantine import ProblemCode, SampleProblem
 from eightgig.data.sample import ImagePart, Message, Role, TextPart
 
 IMAGE_MARKER = "<image>"  # what LLaVA's data files write where an image stands, whatever the model's own token is
+
+MAX_TEXT_CHARACTERS = 250_000
+"""Longest text of a sample, all turns together. Some 60,000 tokens, more than any model here learns from at one time; a
+tokenizer takes some hundred bytes a token while it works, in each process that decodes samples."""
+
+MAX_PATH_CHARACTERS = 4096  # PATH_MAX of Linux; no system takes more
+_NETWORK = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)  # a URL's scheme (RFC 3986) and the host behind it
+_WINDOWS = re.compile(r"[a-z]:[\\/]|\\\\", re.IGNORECASE)  # a drive's letter, or a share of the network
 
 ROLE_NAMES: Mapping[str, Role] = {
     "system": "system",
@@ -51,12 +61,18 @@ def image_part(reference: Any, root: Path) -> ImagePart:
     reference = reference.strip()
     if reference.startswith("data:"):
         return ImagePart(data=_decode_data_url(reference))
-    if reference.lower().startswith(("http://", "https://")):
+    if reference.startswith("file://"):
+        reference = unquote(urlsplit(reference).path)
+    if _NETWORK.match(reference):
         raise SampleProblem(
             ProblemCode.REMOTE_IMAGE, f"image {reference[:200]} is on the network: download it first and give its path"
         )
-    if reference.startswith("file://"):
-        reference = unquote(urlsplit(reference).path)
+    if "\0" in reference or len(reference) > MAX_PATH_CHARACTERS:
+        raise SampleProblem(ProblemCode.BAD_FIELD, f"an image's path can't be {shown(reference)}")
+    if os.name != "nt" and _WINDOWS.match(reference):
+        raise SampleProblem(
+            ProblemCode.BAD_FIELD, f"{shown(reference)} is a path of Windows: give it as this system has it, with /"
+        )
     return ImagePart(path=_below(root, reference))
 
 
@@ -100,7 +116,9 @@ def text_of(value: Any, field: str) -> str:
         return ""
     if isinstance(value, str):
         return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    # Not NaN, which Python's JSON lets through: exporters write it where a text is missing.
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and is_finite:
         return str(value)
     raise SampleProblem(ProblemCode.BAD_FIELD, f"{field} must be text, not {shown(value)}")
 
@@ -118,6 +136,10 @@ def finished_messages(turns: Iterable[tuple[Role, Sequence[TextPart | ImagePart]
         elif not parts:
             raise SampleProblem(ProblemCode.EMPTY_MESSAGE, "a user's turn holds neither text nor image")
         messages.append(Message(role, tuple(parts)))
+    num_characters = sum(len(message.text) for message in messages)
+    if num_characters > MAX_TEXT_CHARACTERS:
+        reason = f"the texts have {num_characters:,} characters, more than {MAX_TEXT_CHARACTERS:,}"
+        raise SampleProblem(ProblemCode.TOO_LARGE, reason)
     if not any(message.role == "assistant" for message in messages):
         raise SampleProblem(ProblemCode.NO_SUPERVISED_TOKEN, "no assistant's turn: there is nothing to learn")
     return tuple(messages)
@@ -125,7 +147,7 @@ def finished_messages(turns: Iterable[tuple[Role, Sequence[TextPart | ImagePart]
 
 def shown(value: Any) -> str:
     """`value` as it is quoted in a reason, at most 80 characters of it."""
-    text = repr(value)
+    text = repr(value[:80] if isinstance(value, str) else value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -148,7 +170,7 @@ def _below(root: Path, reference: str) -> Path:
     if os.path.commonpath([base, joined]) != base:
         raise SampleProblem(
             ProblemCode.PATH_OUTSIDE_ROOT,
-            f"image {reference} leaves {root}: set the image root to a folder above it, or give an absolute path",
+            f"image {reference[:200]} leaves {root}: set the image root to a folder above it, or give an absolute path",
         )
     return Path(joined)
 
