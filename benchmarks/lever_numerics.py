@@ -48,6 +48,7 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
     "features": PLAIN | {"cache_image_features": True},
     "embedding": PLAIN | {"embedding_on_host": True},
     "streamed": PLAIN | {"streamed_layers": 32},
+    "fused-lora": PLAIN | {"fused_lora": True},
     "paged-8bit": PLAIN | {"optimizer": "paged_adamw_8bit"},
     "all": {
         "offload_layer_inputs": True,

@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from eightgig import registry
@@ -40,6 +41,7 @@ from eightgig.step.build import (
     build_compute,
     build_step,
     checkpoint_as_configured,
+    fuse_lora_as_configured,
     offload_as_configured,
     tile_as_configured,
 )
@@ -325,6 +327,7 @@ def prepare(run: LeverRun, loaded: LoadedModel, batch: MicroBatch, link: Link | 
     """The levers of `run` on a model that was loaded for it, and the step; `batch` has what the model takes."""
     config, spec = run.config(loaded.device.type), loaded.spec
     link = Link(config, loaded) if link is None else link
+    fuse_lora_as_configured(config, spec, loaded.model)
     tile_as_configured(config, spec, loaded.model)
     checkpoint_as_configured(config, spec, loaded.model)
     offload_as_configured(config, spec, loaded.model, link.transfers)
@@ -336,7 +339,8 @@ def prepare(run: LeverRun, loaded: LoadedModel, batch: MicroBatch, link: Link | 
 def without_levers(loaded: LoadedModel) -> None:
     """Undo what `prepare` did to the model."""
     for layer in loaded.spec.family.decoder_layers(loaded.model):
-        for module in (layer, loaded.spec.family.mlp(layer), *loaded.spec.family.projections(layer)):
+        adapted = (module for module in layer.modules() if isinstance(module, LoraLayer))
+        for module in (layer, loaded.spec.family.mlp(layer), *loaded.spec.family.projections(layer), *adapted):
             if module is not None:
                 vars(module).pop("forward", None)
     loaded.model.zero_grad(set_to_none=True)

@@ -53,7 +53,11 @@ def test_a_run_with_all_of_them_learns_as_one_without(tmp_path: Path, monkeypatc
     assert taken == []
     levers = {"checkpointed_layers": 3, "offload_layer_inputs": True, "mlp_tile_tokens": 20}
     others = {"streamed_layers": 3, "embedding_on_host": True, "cache_image_features": True}
-    for name, hardware in (("levered", levers), ("all", {**levers, **others})):
+    for name, hardware in (
+        ("levered", levers),
+        ("all", {**levers, **others}),
+        ("fused", {**levers, **others, "fused_lora": True}),
+    ):
         taken.clear()
         assert _losses(tmp_path, name, hardware) == pytest.approx(plain, rel=1e-5)
         assert len(taken) == 3 * 2 * 2  # steps, micro-batches, checkpointed layers but the last

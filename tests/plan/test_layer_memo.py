@@ -75,12 +75,12 @@ def test_runs_on_one_simulator_are_those_on_their_own(tmp_path: Path) -> None:
         assert together.update_costs == alone.update_costs
 
 
-def with_levers(folder: Path, **hardware: Any) -> TrainingConfig:
+def with_levers(folder: Path, *, dropout: float = 0.1, **hardware: Any) -> TrainingConfig:
     return TrainingConfig.model_validate(
         {
             "model": {"name": str(build_tiny_llava(folder, image_px=32, num_layers=5))},
             "data": {"max_length": 40},
-            "training": {"gradient_accumulation_steps": 2, "lora": {"dropout": 0.1}},
+            "training": {"gradient_accumulation_steps": 2, "lora": {"dropout": dropout}},
             "validation": {"num_generated": 0},
             "hardware": hardware,
         }
@@ -94,10 +94,13 @@ def with_levers(folder: Path, **hardware: Any) -> TrainingConfig:
         {"mlp_tile_tokens": 20, "tiled_projections": True},
         {"mlp_tile_tokens": 20},
         {"gradient_checkpointing": False, "mlp_tile_tokens": 20},
+        {"fused_lora": True, "checkpointed_layers": 3},
+        {"fused_lora": True, "mlp_tile_tokens": 20, "tiled_projections": True},
     ],
 )
 def test_a_model_with_levers_on_its_layers(hardware: dict[str, Any], tmp_path: Path) -> None:
-    config = with_levers(tmp_path / "model", **hardware)
+    dropout = 0.0 if "fused_lora" in hardware else 0.1
+    config = with_levers(tmp_path / "model", dropout=dropout, **hardware)
     assert_equal_traces(config, resolve(config.model.name))
 
 

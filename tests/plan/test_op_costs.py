@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -75,6 +76,13 @@ def test_products_count_as_torch_counts_them_and_move_each_operand_once(b: int, 
         assert cost.kind == PRODUCT
         assert cost.flops == counted_flops(call, *shapes)
         assert cost.moved_bytes == 2 * moved
+
+
+@given(m=SIZES, n=SIZES, k=SIZES)
+def test_a_product_in_place_reads_what_it_adds_to_unless_it_overwrites_it(m: int, n: int, k: int) -> None:
+    for beta, num_sums in ((1, 2), (0, 1)):
+        (cost,) = costs_of(functools.partial(torch.Tensor.addmm_, beta=beta), (m, n), (m, k), (k, n))
+        assert cost == OpCost(PRODUCT, BF16, 2 * m * n * k, 2 * (m * k + k * n + num_sums * m * n))
 
 
 @given(batch=st.integers(1, 3), channels=st.integers(1, 5), out=st.integers(1, 5), patch=st.integers(1, 4), side=SIZES)

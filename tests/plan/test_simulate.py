@@ -34,6 +34,7 @@ from eightgig.step.build import (
     build_compute,
     build_step,
     checkpoint_as_configured,
+    fuse_lora_as_configured,
     offload_as_configured,
     tile_as_configured,
 )
@@ -71,6 +72,7 @@ def real_trace(config: TrainingConfig, spec: ModelSpec) -> MemoryTrace:
     loaded = load_model(config, spec, device, FP32)
     attach_adapters(loaded, config)
     pack_as_configured(config, spec, loaded.model)
+    fuse_lora_as_configured(config, spec, loaded.model)
     tile_as_configured(config, spec, loaded.model)
     checkpoint_as_configured(config, spec, loaded.model)
     step = build_step(config, spec, loaded.model, build_compute(config, device, FP32), num_steps=2)
@@ -186,6 +188,10 @@ def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
         {"embedding_on_host": True, "gradient_checkpointing": False},
         {"streamed_layers": 3},
         {"streamed_layers": 3, "gradient_checkpointing": False},
+        {"fused_lora": True},
+        {"fused_lora": True, "gradient_checkpointing": False},
+        {"fused_lora": True, "streamed_layers": 4, "offload_layer_inputs": True, "mlp_tile_tokens": 20},
+        {"fused_lora": True, "mlp_tile_tokens": 50, "tiled_projections": True, "checkpointed_layers": 4},
         {"streamed_layers": 4, "offload_layer_inputs": True, "checkpointed_layers": 4, "mlp_tile_tokens": 20},
     ],
 )

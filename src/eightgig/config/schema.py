@@ -186,6 +186,11 @@ class HardwareConfig(Section):
         description="decoder layers whose 4-bit weights stay in RAM and come to the GPU when they are due; 0 = none, "
         "auto = as few as the card lets",
     )
+    fused_lora: Flag = Field(
+        False,
+        description="compute adapters that share an input together, in the type of hardware.mixed_precision instead of "
+        "fp32; not in fp16, nor with training.lora.dropout",
+    )
     cap_gib: PositiveNumber | None = Field(
         None, description="limit of what PyTorch may reserve on the GPU, in GiB; null = the whole card"
     )

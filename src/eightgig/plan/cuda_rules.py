@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 _GEMM_4BIT = torch.ops.bitsandbytes.gemm_4bit.default
-_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.baddbmm.default}
+_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.baddbmm.default, aten.addmm_.default}
 _PRODUCTS_WITH_BIAS = {aten.addmm.default}
 _ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _CONCERNED = frozenset({_GEMM_4BIT, _ATTENTION_BACKWARD, *_PRODUCTS, *_PRODUCTS_WITH_BIAS})

@@ -160,7 +160,8 @@ def _product(first: int, args: Sequence[Any], kwargs: Mapping[str, Any], output:
     *batch, m, k = left.shape
     n = right.shape[-1]
     moved_bytes = _bytes(left) + _bytes(right) + _bytes(output)
-    moved_bytes += sum(_bytes(value) for value in args[:first])  # what is added
+    if kwargs.get("beta", 1) != 0:
+        moved_bytes += sum(_bytes(value) for value in args[:first])  # what is added
     return OpCost(PRODUCT, left.dtype, 2 * math.prod(batch) * m * n * k, moved_bytes)
 
 
@@ -275,7 +276,7 @@ _OVERWRITING = frozenset(
 )
 _RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(_overloads(aten.mm, aten.bmm), functools.partial(_product, 0)),
-    **dict.fromkeys(_overloads(aten.addmm, aten.baddbmm), functools.partial(_product, 1)),
+    **dict.fromkeys(_overloads(aten.addmm, aten.addmm_, aten.baddbmm), functools.partial(_product, 1)),
     aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,
     torch.ops.bitsandbytes.gemm_4bit.default: _product_4bit,

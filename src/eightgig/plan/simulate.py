@@ -43,6 +43,7 @@ from eightgig.step.build import (
     build_compute,
     build_step,
     checkpoint_as_configured,
+    fuse_lora_as_configured,
     offload_as_configured,
     tile_as_configured,
 )
@@ -180,6 +181,7 @@ class Simulator:
         model, spec = self._model, self._spec
         fuse_dropout(model)
         pack_as_configured(config, spec, model)
+        fuse_lora_as_configured(config, spec, model)
         tile_as_configured(config, spec, model)
         checkpoint_as_configured(config, spec, model)
         if self._memos is not None:

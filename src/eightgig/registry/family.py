@@ -50,6 +50,8 @@ class ModelFamily(ABC):
         template_arguments: variables that the chat template is given, e.g. to switch thinking off.
         reserved_texts: further texts that no user's text may spell, beside the tokenizer's special tokens.
         image_layout: how samples' image inputs become a batch.
+        shared_inputs: linear layers that are called with the same tensor, in the order of their calls: paths within a
+            decoder layer; a layer may lack some.
         fp32_in_fp16: patterns of the full paths of modules whose activations leave the range of fp16: in fp16 mode they
             run in fp32. Products with 4-bit weights do so only in 4-bit layers that match themselves.
         dtype_caution: what a user should know about dtypes, one sentence; empty where there is nothing.
@@ -79,6 +81,10 @@ class ModelFamily(ABC):
     template_arguments: Mapping[str, Any] = MappingProxyType({})
     reserved_texts: tuple[str, ...] = ()
     image_layout: ImageLayout = ImageLayout()
+    shared_inputs: tuple[tuple[str, ...], ...] = (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("mlp.gate_proj", "mlp.up_proj"),
+    )
     fp32_in_fp16: tuple[str, ...] = ()
     dtype_caution: str = ""
     interpolates_positions: bool = False
@@ -268,6 +274,11 @@ class ModelFamily(ABC):
                 found.append(module)
                 inside |= set(module.modules())
         return found
+
+    def linears_of_one_input(self, layer: Any) -> Sequence[Sequence[Any]]:
+        """The modules of a decoder layer that `shared_inputs` names: those that it has."""
+        modules = dict(layer.named_modules())
+        return [[modules[path] for path in paths if modules.get(path) is not None] for paths in self.shared_inputs]
 
     def host_tables(self, model: Any) -> Sequence[Any]:
         """The tables of embeddings that `hardware.embedding_on_host` keeps on the host; only looked up by ids."""

@@ -133,6 +133,7 @@ class MllamaFamily(ModelFamily):
         lm_head="lm_head",
     )
     lora_pattern = r"model\.language_model\.layers\.\d+\.((self|cross)_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+    shared_inputs = (*ModelFamily.shared_inputs, ("cross_attn.k_proj", "cross_attn.v_proj"))
     keep_16bit = ("model.vision_model", "model.multi_modal_projector", "lm_head")
     image_placeholder = "<|image|>"
     end_of_turn = "<|eot_id|>"

@@ -113,6 +113,7 @@ class Qwen35Family(QwenVisionFamily):
         r"model\.language_model\.layers\.\d+\."
         r"(self_attn\.[qkvo]_proj|linear_attn\.(in_proj_qkv|in_proj_z|out_proj)|mlp\.(gate|up|down)_proj)"
     )
+    shared_inputs = (*QwenVisionFamily.shared_inputs, ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"))
     keep_16bit = ("model.visual", r"model\.language_model\.layers\.\d+\.linear_attn\.in_proj_[ab]", "lm_head")
     image_mean = HALF
     image_std = HALF

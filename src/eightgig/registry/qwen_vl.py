@@ -87,6 +87,7 @@ class QwenVLFamily(ModelFamily):
         language_model="transformer", towers=("transformer.visual",), projectors=(), lm_head="lm_head"
     )
     lora_pattern = r"transformer\.h\.\d+\.(attn\.(c_attn|c_proj)|mlp\.(w1|w2|c_proj))"
+    shared_inputs = (("mlp.w1", "mlp.w2"),)
     keep_16bit = ("lm_head",)
     image_placeholder = "<imgpad>"
     end_of_turn = "<|im_end|>"

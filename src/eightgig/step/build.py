@@ -12,6 +12,7 @@ from eightgig.memory.checkpointing import checkpoint_layers
 from eightgig.memory.host_copies import Transfers
 from eightgig.memory.layer_inputs import offload_layer_inputs
 from eightgig.memory.tiled_mlp import tile_mlps
+from eightgig.models.fused_lora import fuse_lora
 from eightgig.models.load import weight_dtype
 from eightgig.models.precision import Precision
 from eightgig.models.trainable import trainable_parameters
@@ -72,6 +73,34 @@ def offload_as_configured(
     """
     if config.hardware.levers.offload_layer_inputs:
         offload_layer_inputs(_checkpointed_layers(config, spec, model), transfers)
+
+
+def fuse_lora_as_configured(config: TrainingConfig, spec: ModelSpec, model: nn.Module) -> None:
+    """Have the adapters of the decoder layers of `model` that share an input computed together, if `config` asks for
+    it; before anything else wraps a forward.
+    """
+    if not config.hardware.fused_lora or config.training.lora is None:
+        return
+    tiles_projections = config.hardware.levers.mlp_tile_tokens is not None and config.hardware.tiled_projections
+    for layer in spec.family.decoder_layers(model):
+        shared = spec.family.linears_of_one_input(layer)
+        if tiles_projections:  # each of them goes through all of its tiles by itself
+            alone = set(spec.family.projections(layer))
+            shared = [group for group in shared if alone.isdisjoint(group)]
+        fuse_lora(layer, shared)
+
+
+def why_not_fused(config: TrainingConfig, precision: Precision) -> str | None:
+    """Why `hardware.fused_lora` changes nothing in a run of `config`; None where it acts, or is not asked for."""
+    if not config.hardware.fused_lora:
+        return None
+    if config.training.lora is None:
+        return "training.method full has no adapters"
+    if _has_dropout(config):
+        return f"training.lora.dropout is {config.training.lora.dropout:g}, which PEFT's own code computes"
+    if precision.compute_dtype is torch.float16:
+        return "adapters compute in fp32 where the rest computes in fp16"
+    return None
 
 
 def _checkpointed_layers(config: TrainingConfig, spec: ModelSpec, model: nn.Module) -> list[nn.Module]:

@@ -33,8 +33,10 @@ from eightgig.step.build import (
     build_compute,
     build_step,
     checkpoint_as_configured,
+    fuse_lora_as_configured,
     offload_as_configured,
     tile_as_configured,
+    why_not_fused,
 )
 from eightgig.train.datasets import check_data
 from eightgig.train.events import TrainingListener
@@ -151,6 +153,10 @@ def build_run(
     measure_tower(loaded, originals, encoder, data, feature_place, listener)
     fed = _fed(config, loaded, encoder, data, feature_place, listener)
     pack_as_configured(config, spec, loaded.model)
+    idle = why_not_fused(config, place.precision)
+    if idle is not None:
+        listener.on_message(f"hardware.fused_lora changes nothing: {idle}")
+    fuse_lora_as_configured(config, spec, loaded.model)
     tile_as_configured(config, spec, loaded.model)
     checkpoint_as_configured(config, spec, loaded.model)
     offload_as_configured(config, spec, loaded.model)
