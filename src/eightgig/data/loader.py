@@ -19,6 +19,7 @@ from eightgig.data.encode import Encoder
 from eightgig.data.order import StepOrder
 from eightgig.data.quarantine import SampleProblem
 from eightgig.data.sample import Sample
+from eightgig.data.worker_signals import leave_signals_to_training
 from eightgig.registry.facts import ImageLayout
 
 # How torch's DataLoader words it, by whether it finds the worker gone or its signal handler is told so.
@@ -103,6 +104,7 @@ class StepLoader:
                 _collate_or_failure, pad_token_id=self._encoder.pad_token_id, layout=self._encoder.image_layout
             ),
             num_workers=num_workers,
+            worker_init_fn=leave_signals_to_training,
             multiprocessing_context=_start_context(self._workers.start_method) if num_workers else None,
             pin_memory=self._workers.pin_memory,
             # Its own: torch draws the workers' seed, and from the global one that would shift a resumed run's dropout.
