@@ -209,7 +209,8 @@ def _run_to_the_end(
     _announce(run, folder, listener, steps_done=steps_done)
     goes_on_when_full = run.config.checkpoints.when_disk_is_full is WhenDiskIsFull.GO_ON
     journal = Journal(folder, listener, is_main=run.accelerator.is_main_process, goes_on_when_full=goes_on_when_full)
-    is_validated = run.total_over_processes(int(folder.has_validated(steps_done)))[0] > 0
+    is_in_log = run.accelerator.is_main_process and folder.has_validated(steps_done)
+    is_validated = run.total_over_processes(int(is_in_log))[0] > 0
     loop = TrainingLoop(run, journal, Validator(run, journal, stop), Saver(run, folder, journal), stop)
     loop.train(iter(_loader(run, steps_done)), steps_done=steps_done, is_validated=is_validated)
     return finish(run, folder, listener, is_dry_run=False)

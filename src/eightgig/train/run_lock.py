@@ -47,7 +47,9 @@ def only_writer(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        remove_lock_file(folder)
+        # A folder that can't be written to any more keeps the file; what ended the run is to be told, not that.
+        with contextlib.suppress(OSError):
+            remove_lock_file(folder)
         lock.release()
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
