@@ -22,7 +22,7 @@ _HEADER = """# The command `eightgig`
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 2 a wrong option or setting, 3 data,
 4 does not fit into memory or on the disk, 5 model not supported, 6 environment, 7 checkpoint or run folder,
 8 no finite loss or gradient in many steps in a row,
-70 an unexpected error (its traceback is in a file that the message names), 130 stopped with Ctrl-C.
+70 an unexpected error (its traceback is in a file that the message names), 130 stopped with Ctrl-C, 143 with SIGTERM.
 
 `eightgig --install-completion` sets up completion for bash, zsh, fish or PowerShell.
 """

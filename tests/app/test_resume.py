@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.app.listening import Listener
 
 from eightgig.app.training import resume
 from eightgig.checkpoint.retention import checkpoint_paths
@@ -89,7 +91,9 @@ def test_what_changed_since_the_checkpoint_is_refused_by_name(
     settings = json.loads((outcome.run_folder / "config.json").read_text())
     settings["training"]["learning_rate"] = 1e-3
     (outcome.run_folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(CheckpointError, match="written with another configuration"):
+    with pytest.raises(
+        CheckpointError, match=r"written with another configuration: training\.learning_rate is 0\.001, was 0\.005\n"
+    ):
         resume(outcome.run_folder, listener=SilentListener(), command="test")
     assert json.loads((outcome.run_folder / "run.json").read_text())["status"] == "failed"
 
@@ -103,7 +107,28 @@ def test_settings_without_effect_on_the_result_may_change(
     settings = json.loads((outcome.run_folder / "config.json").read_text())
     settings["data"]["num_workers"] = 1
     (outcome.run_folder / "config.json").write_text(json.dumps(settings))
-    assert resume(outcome.run_folder, listener=SilentListener(), command="test").steps_done == 2
+    listener = Listener()
+    assert resume(outcome.run_folder, listener=listener, command="test").steps_done == 2
+    assert [text for text in listener.texts if text.endswith("effect on what is learnt: data.num_workers is 1, was 0")]
+
+
+def test_other_images_than_before_are_refused_by_name(
+    tiny_config: Callable[..., TrainingConfig], tiny_data: Path, run_training: Callable[..., RunOutcome], tmp_path: Path
+) -> None:
+    data = shutil.copytree(tiny_data.parent, tmp_path / "data") / tiny_data.name
+    outcome = run_training(tiny_config(data={"data_path": str(data)}, training={"max_steps": 2}))
+    facts = json.loads((outcome.run_folder / "run.json").read_text())
+    (outcome.run_folder / "run.json").write_text(json.dumps(facts | {"status": "interrupted"}))
+    data.write_text(data.read_text() + "\n")  # another file with the same samples
+    listener = Listener()
+    assert resume(outcome.run_folder, listener=listener).steps_done == 2
+    assert f"without effect on what is learnt: {data} is sha256" in listener.texts[-2]
+    (outcome.run_folder / "run.json").write_text(json.dumps(facts | {"status": "interrupted"}))
+    for image in data.parent.rglob("*.png"):
+        image.write_bytes(image.read_bytes() + b"x")
+    said = r"another training data: .*the training images is \d+ files of [\d,]+ bytes, was \d+ files of [\d,]+ bytes"
+    with pytest.raises(CheckpointError, match=said):
+        resume(outcome.run_folder)
 
 
 def test_a_finished_run_is_not_resumed(

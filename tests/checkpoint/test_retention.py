@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from eightgig.checkpoint.retention import checkpoint_paths, newest_sound_checkpoint, prune, read_best, record_best
+from eightgig.checkpoint.retention import (
+    checkpoint_paths,
+    forget_best_after,
+    newest_sound_checkpoint,
+    prune,
+    read_best,
+    record_best,
+    remove_unfinished,
+)
 from eightgig.core.errors import CheckpointError
 
 
@@ -22,6 +30,36 @@ def test_the_last_ones_and_the_best_stay(tmp_path: Path) -> None:
     assert _steps(tmp_path) == [2, 6, 7]
     assert len(deleted) == 4
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_damaged_newer_one_does_not_cost_the_one_just_written(tmp_path: Path) -> None:
+    """A run that went on before step 9, which is damaged, has saved step 6."""
+    for step in (3, 6, 9):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    prune(tmp_path, keep_last=1, up_to_step=6)
+    assert _steps(tmp_path) == [6, 9]
+
+
+def test_what_a_kill_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "step-00000003").mkdir()
+    for name in (".step-00000001.deleted", f".step-00000004.{'a1' * 16}.partial"):
+        (tmp_path / name / "adapter").mkdir(parents=True)
+        (tmp_path / name / "adapter" / "weights").touch()
+    (tmp_path / f".best.json.{'0' * 32}.partial").touch()
+    (tmp_path / ".nfs0001").touch()  # not ours
+    remove_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".nfs0001", "step-00000003"]
+    remove_unfinished(tmp_path / "gone")
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_best_step_that_is_still_to_come_is_forgotten(tmp_path: Path) -> None:
+    record_best(tmp_path, step=4, loss=1.0)
+    forget_best_after(tmp_path, 4)
+    assert read_best(tmp_path) == {"step": 4, "loss": 1.0}
+    forget_best_after(tmp_path, 3)
+    assert read_best(tmp_path) is None
+    forget_best_after(tmp_path, 3)
 
 
 def test_only_a_lower_loss_is_better(tmp_path: Path) -> None:

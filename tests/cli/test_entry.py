@@ -111,6 +111,19 @@ def test_ctrl_c_before_a_run_has_a_folder(monkeypatch: pytest.MonkeyPatch, capsy
     assert err.endswith("stopped before the first step; nothing was trained\n")
 
 
+def test_ctrl_c_in_a_run_that_gave_its_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def act(listener: Any, **_: Any) -> None:
+        listener.on_start(run_start(tmp_path / "gone"))
+        raise KeyboardInterrupt
+
+    Calls(monkeypatch).answer("training", "train", act)
+    code, _, err = run(capsys, "train")
+    assert code == 130
+    assert err.endswith("stopped before the first step; nothing was trained\n")
+
+
 @pytest.mark.parametrize("has_checkpoint", [True, False])
 def test_ctrl_c_says_how_to_go_on(
     has_checkpoint: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -119,6 +132,7 @@ def test_ctrl_c_says_how_to_go_on(
 
     def act(listener: Any, **_: Any) -> None:
         listener.on_start(run_start(folder))
+        folder.mkdir(parents=True)
         if has_checkpoint:
             (folder / "checkpoints" / "step-00000050").mkdir(parents=True)
         raise KeyboardInterrupt

@@ -26,7 +26,7 @@ BAD_SETTINGS = {
     ),
     "unknown key, near nothing": (
         {"checkpoints": {"zzz": 1}},
-        Problem("checkpoints.zzz", "1", "unknown setting; checkpoints has every_steps, keep_last"),
+        Problem("checkpoints.zzz", "1", "unknown setting; checkpoints has every_steps, keep_last, when_disk_is_full"),
     ),
     "unknown section": (
         {"validaton": {"every_steps": 5}},
@@ -91,7 +91,7 @@ BAD_SETTINGS = {
     ),
     "a value for a section": (
         {"checkpoints": 5},
-        Problem("checkpoints", "5", "a group of settings (every_steps, keep_last)"),
+        Problem("checkpoints", "5", "a group of settings (every_steps, keep_last, when_disk_is_full)"),
     ),
     "a list for a path": ({"data": {"data_path": ["a"]}}, Problem("data.data_path", "['a']", "a path or null")),
     "a blank path": ({"data": {"data_path": " "}}, Problem("data.data_path", '" "', "a path; it is blank")),

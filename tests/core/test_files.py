@@ -56,6 +56,46 @@ def test_a_folder_replaces_an_older_one(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_a_folder_that_can_not_take_its_place_leaves_the_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with whole_folder(tmp_path / "adapter") as folder:
+        (folder / "weights").write_text("old")
+    replace, calls = os.replace, []
+
+    def fails_second(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) == 2:  # the old folder is out of the way by then
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails_second)
+    with pytest.raises(OSError, match="Input/output"), whole_folder(tmp_path / "adapter") as folder:
+        (folder / "weights").write_text("new")
+    assert (tmp_path / "adapter" / "weights").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_power_cut_would_lose_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file, and each folder that got a name in it, is synced; the order is the one that a journal needs."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    with whole_folder(tmp_path / "runs" / "a" / "step") as folder:
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "weights").write_text("x")
+    partial = synced[-2]
+    assert partial.startswith("runs/a/.step.")
+    assert synced[:2] == [".", "runs"]
+    assert set(synced[2:-2]) == {f"{partial}/adapter", f"{partial}/adapter/weights"}
+    assert synced[-1] == "runs/a"
+
+
 @pytest.mark.parametrize(
     ("number", "error", "words"),
     [

@@ -31,6 +31,7 @@ def _other_values() -> Iterator[tuple[str, Any, bool]]:
     yield "data.worker_timeout_s", 60, True
     yield "checkpoints.every_steps", 7, True
     yield "checkpoints.keep_last", 9, True
+    yield "checkpoints.when_disk_is_full", "go_on", True
     yield "seed", 43, False
     yield "model.name", "llava-1.5-13b", False
     yield "model.random_weights_seed", 1, False

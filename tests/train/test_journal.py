@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -11,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from eightgig.train import tensorboard
+from eightgig.core.errors import DoesNotFit
+from eightgig.train import run_folder, tensorboard
 from eightgig.train.events import SilentListener
 from eightgig.train.journal import Journal
 from eightgig.train.run_folder import RunFolder, read_jsonl
@@ -88,6 +91,57 @@ def test_the_main_process_writes_and_tells(tmp_path: Path) -> None:
         ("checkpoint", (tmp_path / "step-3", "regular")),
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["generations.jsonl", "metrics.jsonl"]
+
+
+def _full_disk(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """A disk that takes nothing while the one item is true."""
+    is_full = [True]
+    write = run_folder._write_all
+
+    def write_all(stream: Any, content: bytes) -> None:
+        if is_full[0]:
+            write(stream, content[:7])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(stream, content)
+
+    monkeypatch.setattr(run_folder, "_write_all", write_all)
+    return is_full
+
+
+@pytest.mark.usefixtures("without_tensorboard")
+def test_a_log_that_goes_on_when_the_disk_is_full_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, listener = RunFolder(tmp_path), _Recorder()
+    journal = Journal(folder, listener, is_main=True, goes_on_when_full=True)
+    texts: list[str] = []
+    monkeypatch.setattr(listener, "on_message", texts.append)
+    is_full = _full_disk(monkeypatch)
+    for step in (1, 2):
+        journal.step(STEP | {"step": step}, eta_s=1.0, steps_planned=9)
+    journal.validation(VALIDATION, ANSWERS)
+    assert [read_jsonl(path) for path in (folder.metrics, folder.generations)] == [[], []]
+    assert len(texts) == 1
+    assert "the log waits for room: the disk is full" in texts[0]
+    with pytest.raises(DoesNotFit):
+        journal.sync()
+    is_full[0] = False
+    journal.step(STEP | {"step": 3}, eta_s=1.0, steps_planned=9)
+    records = [STEP | {"step": 1}, STEP | {"step": 2}, VALIDATION, STEP | {"step": 3}]
+    assert read_jsonl(folder.metrics) == records
+    assert read_jsonl(folder.generations) == ANSWERS
+    journal.close()
+
+
+@pytest.mark.usefixtures("without_tensorboard")
+def test_a_log_that_stops_when_the_disk_is_full_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path)
+    journal = Journal(folder, SilentListener(), is_main=True)
+    journal.step(STEP, eta_s=1.0, steps_planned=9)
+    _full_disk(monkeypatch)
+    with pytest.raises(DoesNotFit, match="the disk is full"):
+        journal.step(STEP | {"step": 4}, eta_s=1.0, steps_planned=9)
+    assert read_jsonl(folder.metrics) == [STEP]
 
 
 def test_other_processes_neither_write_nor_tell(tmp_path: Path, with_tensorboard: type[_Writer]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from eightgig.core.errors import CheckpointError, EnvironmentProblem
 from eightgig.train.run_folder import RunFolder, read_jsonl
+from eightgig.train.run_lock import only_writer
 
 RECORDS = st.lists(
     st.fixed_dictionaries({"step": st.integers(0, 9), "answer": st.text(max_size=8), "loss": st.floats(0, 1e3)}),
@@ -88,7 +91,8 @@ def test_an_empty_folder_is_taken_and_a_full_one_is_not(tmp_path: Path) -> None:
     assert "--resume" not in str(caught.value)  # there is no run to go on with
 
 
-@pytest.mark.parametrize("status", ["failed", "interrupted", "dry run"])
+# "running" is what a kill leaves: a process that is running holds the lock.
+@pytest.mark.parametrize("status", ["failed", "interrupted", "dry run", "running"])
 def test_a_run_that_never_began_gives_its_folder_back(tmp_path: Path, status: str) -> None:
     folder = _begin(tmp_path, status=status, reason="a typo")
     for path in (folder.receipt, folder.plan, folder.data, folder.quarantine, tmp_path / "notes.txt"):
@@ -100,16 +104,78 @@ def test_a_run_that_never_began_gives_its_folder_back(tmp_path: Path, status: st
 
 @pytest.mark.parametrize(
     ("status", "result"),
-    [("running", None), ("failed", "metrics.jsonl"), ("failed", "checkpoints"), ("dry run", "generations.jsonl")],
+    [
+        ("running", "metrics.jsonl"),
+        ("failed", "metrics.jsonl"),
+        ("failed", "checkpoints"),
+        ("dry run", "generations.jsonl"),
+    ],
 )
-def test_a_run_that_began_or_may_be_running_keeps_its_folder(tmp_path: Path, status: str, result: str | None) -> None:
+def test_a_run_that_began_keeps_its_folder(tmp_path: Path, status: str, result: str) -> None:
     _begin(tmp_path, status=status)
-    if result is not None:
-        (tmp_path / result).mkdir()
+    (tmp_path / result).mkdir()
     before = sorted(tmp_path.iterdir())
     with pytest.raises(EnvironmentProblem, match=f"--resume {tmp_path}"):
         _create(tmp_path)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_run_that_is_running_keeps_its_folder(tmp_path: Path) -> None:
+    _begin(tmp_path)
+    with only_writer(tmp_path):
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(EnvironmentProblem, match=f"another process is training in {tmp_path}"):
+            _create(tmp_path)
+        assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        ["run.lock"],
+        ["run.lock", f".run.json.{'0' * 32}.partial"],
+        ["run.lock", "run.json"],
+        ["run.lock", "run.json", f".config.json.{'0' * 32}.partial"],
+        ["run.lock", "run.json", "config.json", "sources.json", f".data.json.{'0' * 32}.partial"],
+    ],
+)
+def test_a_kill_at_the_very_start_gives_the_folder_back(tmp_path: Path, left: list[str]) -> None:
+    for name in left:
+        (tmp_path / name).write_text('{"status": "running"}')
+    assert _create(tmp_path).path == tmp_path
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_a_runs_own_is_no_kill(tmp_path: Path) -> None:
+    for name in ("run.lock", "thesis.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(EnvironmentProblem, match="not empty"):
+        _create(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("num_whole", [0, 3])
+def test_a_record_that_does_not_fit_leaves_no_half_line(tmp_path: Path, num_whole: int) -> None:
+    """A disk that takes a part of a line and then no more: what it took is cut off again."""
+    folder = RunFolder(tmp_path)
+    folder.append(folder.metrics, [{"step": step} for step in range(num_whole)])
+    before = folder.metrics.read_bytes()
+    script = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from eightgig.train.run_folder import RunFolder\n"
+        "folder = RunFolder(Path(sys.argv[1]))\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "limit = folder.metrics.stat().st_size + 20\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
+        "try:\n"
+        "    folder.append(folder.metrics, [{'step': 9, 'answer': 'x' * 100}])\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=False)
+    assert done.stdout == "DoesNotFit\n", done.stderr
+    assert folder.metrics.read_bytes() == before
 
 
 def test_only_a_run_is_opened(tmp_path: Path) -> None:

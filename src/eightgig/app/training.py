@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -12,22 +12,28 @@ from types import MappingProxyType, TracebackType
 from eightgig.app.finishing import finish
 from eightgig.app.plan_cache import kept_training_plan
 from eightgig.app.run_facts import facts_at_start, now_utc
-from eightgig.checkpoint.retention import newest_sound_checkpoint
-from eightgig.config import TrainingConfig, load_config, save_config
+from eightgig.checkpoint.retention import (
+    checkpoint_paths,
+    forget_best_after,
+    newest_sound_checkpoint,
+    remove_unfinished,
+)
+from eightgig.config import TrainingConfig, WhenDiskIsFull, load_config, save_config
 from eightgig.config.levers import AUTO, automatic_paths
 from eightgig.core.errors import CheckpointError, DoesNotFit, EightGigError, EnvironmentProblem
-from eightgig.core.files import write_json
+from eightgig.core.files import remove_leftovers, write_json
 from eightgig.data.loader import StepLoader, WorkerSettings
 from eightgig.memory.card import card_of
 from eightgig.train.events import RunOutcome, RunStart, SilentListener, TrainingListener
-from eightgig.train.fingerprint import fingerprint
 from eightgig.train.journal import Journal
 from eightgig.train.loop import TrainingLoop
 from eightgig.train.planning import FindCard, PlanDoors
 from eightgig.train.run import Run
-from eightgig.train.run_folder import RunFolder
+from eightgig.train.run_folder import RunFolder, read_jsonl
+from eightgig.train.run_lock import only_writer
 from eightgig.train.saving import Saver, resume_from_checkpoint
 from eightgig.train.setup import Place, build_run, choose_place
+from eightgig.train.stopping import StopRequest, heeding_signals
 from eightgig.train.validation import Validator
 
 SILENT = SilentListener()
@@ -56,19 +62,21 @@ def train(
 
     Raises:
         EightGigError: whatever stands in the way, with what to do about it.
+        RunStopped: Ctrl-C or SIGTERM stopped the run; `resume` goes on. A KeyboardInterrupt as any Ctrl-C.
     """
-    place = choose_place(config)
-    folder = _new_folder(config, run_folder, place)
-    if place.accelerator.is_main_process:
-        save_config(config, folder.config)
-        write_json(folder.sources, dict(sources))
-        folder.update_facts(status="running", started_at=now_utc(), command=command)
-    with _StatusKept(folder, place):
-        run, told = _prepare(config, place, folder, listener, find_card)
-        if dry_run:
-            _announce(run, folder, told, steps_done=0)
-            return finish(run, folder, told, is_dry_run=True)
-        return _run_to_the_end(run, folder, told, steps_done=0)
+    with heeding_signals(listener.on_message) as stop:
+        place = choose_place(config)
+        folder = _new_folder(config, run_folder, place)
+        with _writing(folder, place), _StatusKept(folder, place, gives_folder_back=True):
+            if place.accelerator.is_main_process:
+                folder.update_facts(status="running", started_at=now_utc(), command=command)
+                save_config(config, folder.config)
+                write_json(folder.sources, dict(sources))
+            run, told = _prepare(config, place, folder, listener, find_card)
+            if dry_run:
+                _announce(run, folder, told, steps_done=0)
+                return finish(run, folder, told, is_dry_run=True)
+            return _run_to_the_end(run, folder, told, stop, steps_done=0)
 
 
 def resume(
@@ -80,9 +88,13 @@ def resume(
 ) -> RunOutcome:
     """Continue the run in `run_folder` from its newest sound checkpoint to its end; it keeps its plan.
 
+    A run that ended before its first checkpoint was due begins again at step 1, with the same settings.
+
     Raises:
         CheckpointError: there is no run or no usable checkpoint, it is finished, or config, data or trainable weights
             have changed.
+        EnvironmentProblem: another process is training in the folder.
+        RunStopped: Ctrl-C or SIGTERM stopped the run.
     """
     folder = RunFolder.open(run_folder)
     if folder.read_facts().get("status") == "finished":
@@ -91,19 +103,46 @@ def resume(
             expected="a run that was interrupted",
             next_step=f"use it: `eightgig predict {run_folder} --image ... --question ...`, or start a new run",
         )
-    config = load_config(folder.config).config
-    place = choose_place(config)
-    told: TrainingListener = listener if place.accelerator.is_main_process else SilentListener()
-    checkpoint = newest_sound_checkpoint(folder.checkpoints, told.on_message)  # before minutes of loading
-    if place.accelerator.is_main_process:
-        folder.update_facts(status="running", command=command)
-    with _StatusKept(folder, place):
-        run, told = _prepare(config, place, folder, listener, find_card)
-        marks = fingerprint(run.config, run.data.fingerprint, run.trainable)
-        steps_done = resume_from_checkpoint(run, checkpoint, marks)
-        if place.accelerator.is_main_process:
-            folder.forget_after(steps_done)
-        return _run_to_the_end(run, folder, told, steps_done=steps_done)
+    with heeding_signals(listener.on_message) as stop:
+        config = load_config(folder.config).config
+        place = choose_place(config)
+        told: TrainingListener = listener if place.accelerator.is_main_process else SilentListener()
+        with _writing(folder, place):
+            checkpoint = _checkpoint_to_go_on_from(folder, config, told)  # before minutes of loading
+            if place.accelerator.is_main_process:
+                folder.update_facts(status="running", command=command)
+            with _StatusKept(folder, place, gives_folder_back=False):
+                run, told = _prepare(config, place, folder, listener, find_card)
+                steps_done = 0 if checkpoint is None else resume_from_checkpoint(run, checkpoint, told.on_message)
+                if place.accelerator.is_main_process:
+                    folder.forget_after(steps_done if checkpoint is not None else -1)
+                    forget_best_after(folder.checkpoints, steps_done)
+                return _run_to_the_end(run, folder, told, stop, steps_done=steps_done)
+
+
+def _checkpoint_to_go_on_from(folder: RunFolder, config: TrainingConfig, told: TrainingListener) -> Path | None:
+    """The newest sound checkpoint; None where the run ended before the first one was due.
+
+    Raises:
+        CheckpointError: there is none, and there was or must have been one.
+    """
+    steps = [record["step"] for record in read_jsonl(folder.metrics)]
+    if not checkpoint_paths(folder.checkpoints) and max(steps, default=0) <= config.checkpoints.every_steps:
+        told.on_message("the run ended before its first checkpoint was written: it begins again at step 1")
+        return None
+    return newest_sound_checkpoint(folder.checkpoints, told.on_message)
+
+
+@contextlib.contextmanager
+def _writing(folder: RunFolder, place: Place) -> Iterator[None]:
+    """Be the only run that writes into `folder`, which is tidied of what a killed one left half-written."""
+    if not place.accelerator.is_main_process:
+        yield
+        return
+    with only_writer(folder.path):
+        remove_leftovers(folder.path)
+        remove_unfinished(folder.checkpoints)
+        yield
 
 
 def _new_folder(config: TrainingConfig, wanted: Path | None, place: Place) -> RunFolder:
@@ -118,10 +157,14 @@ def _new_folder(config: TrainingConfig, wanted: Path | None, place: Place) -> Ru
 
 @dataclass(frozen=True)
 class _StatusKept(contextlib.AbstractContextManager[None]):
-    """Keeps run.json true when the run inside ends before its time, and leaves nothing of one that never began."""
+    """Keeps run.json true when the run inside ends before its time.
+
+    With `gives_folder_back` nothing is left of one that never began; who resumes a run wants to try again.
+    """
 
     folder: RunFolder
     place: Place
+    gives_folder_back: bool
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -133,7 +176,8 @@ class _StatusKept(contextlib.AbstractContextManager[None]):
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             reason = str(error) or type(error).__name__
             self.folder.update_facts(status=status, finished_at=now_utc(), reason=reason)
-            if isinstance(error, EightGigError | KeyboardInterrupt) and not self.folder.has_quarantined:
+            is_users = isinstance(error, EightGigError | KeyboardInterrupt)
+            if self.gives_folder_back and is_users and not self.folder.has_quarantined:
                 self.folder.remove_if_never_begun()
 
 
@@ -159,12 +203,16 @@ def _keep_chosen(given: TrainingConfig, chosen: TrainingConfig, folder: RunFolde
     write_json(folder.sources, {**sources, **dict.fromkeys(sorted(paths), AUTO)})
 
 
-def _run_to_the_end(run: Run, folder: RunFolder, listener: TrainingListener, *, steps_done: int) -> RunOutcome:
+def _run_to_the_end(
+    run: Run, folder: RunFolder, listener: TrainingListener, stop: StopRequest, *, steps_done: int
+) -> RunOutcome:
     _announce(run, folder, listener, steps_done=steps_done)
-    journal = Journal(folder, listener, is_main=run.accelerator.is_main_process)
-    marks = fingerprint(run.config, run.data.fingerprint, run.trainable)
-    loop = TrainingLoop(run, journal, Validator(run, journal), Saver(run, folder, journal, marks))
-    loop.train(iter(_loader(run, steps_done)), steps_done=steps_done)
+    goes_on_when_full = run.config.checkpoints.when_disk_is_full is WhenDiskIsFull.GO_ON
+    journal = Journal(folder, listener, is_main=run.accelerator.is_main_process, goes_on_when_full=goes_on_when_full)
+    is_in_log = run.accelerator.is_main_process and folder.has_validated(steps_done)
+    is_validated = run.total_over_processes(int(is_in_log))[0] > 0
+    loop = TrainingLoop(run, journal, Validator(run, journal, stop), Saver(run, folder, journal), stop)
+    loop.train(iter(_loader(run, steps_done)), steps_done=steps_done, is_validated=is_validated)
     return finish(run, folder, listener, is_dry_run=False)
 
 

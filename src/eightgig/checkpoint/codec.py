@@ -40,6 +40,15 @@ def to_json_and_tensors(state: Any, prefix: str = "state") -> tuple[Any, dict[st
     return encode(state, prefix), tensors
 
 
+def tensor_bytes(state: Any) -> int:
+    """Bytes of all tensors in `state`, as `to_json_and_tensors` would have them stored."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, Mapping):
+        return sum(map(tensor_bytes, state.values()))
+    return sum(map(tensor_bytes, state)) if isinstance(state, list | tuple) else 0
+
+
 def from_json_and_tensors(encoded: Any, tensors: Mapping[str, Tensor]) -> Any:
     """The state that `to_json_and_tensors` took apart."""
     if isinstance(encoded, list):

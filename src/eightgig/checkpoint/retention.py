@@ -10,9 +10,10 @@ from typing import Any
 
 from eightgig.checkpoint.store import step_folder_name, verify_checkpoint
 from eightgig.core.errors import CheckpointError
-from eightgig.core.files import write_json
+from eightgig.core.files import remove_leftovers, write_json
 
 BEST = "best.json"
+_DELETED = ".deleted"
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
@@ -52,17 +53,38 @@ def record_best(folder: Path, *, step: int, loss: float) -> bool:
     return True
 
 
-def prune(folder: Path, *, keep_last: int) -> list[Path]:
-    """Delete all checkpoints but the newest `keep_last` and the best one; returns what was deleted."""
+def forget_best_after(folder: Path, step: int) -> None:
+    """Forget the best step if it comes after `step`: a run that goes on from there comes to it again."""
+    best = read_best(folder)
+    if best is not None and best["step"] > step:
+        (folder / BEST).unlink()
+
+
+def prune(folder: Path, *, keep_last: int, up_to_step: int | None = None) -> list[Path]:
+    """Delete all checkpoints but the newest `keep_last` and the best one; returns what was deleted.
+
+    Those after `up_to_step`, damaged ones that a run went on before, neither count nor are deleted: the run writes them
+    anew when it comes there.
+    """
     best = read_best(folder)
     best_name = step_folder_name(best["step"]) if best is not None else None
-    doomed = [path for path in checkpoint_paths(folder)[:-keep_last] if path.name != best_name]
+    paths = checkpoint_paths(folder)
+    if up_to_step is not None:
+        paths = [path for path in paths if path.name <= step_folder_name(up_to_step)]
+    doomed = [path for path in paths[:-keep_last] if path.name != best_name]
     for path in doomed:
         # Renamed first, so that a crash in the middle leaves no half checkpoint that looks whole.
-        hidden = path.with_name(f".{path.name}.deleted")
+        hidden = path.with_name(f".{path.name}{_DELETED}")
         path.rename(hidden)
         shutil.rmtree(hidden)
     return doomed
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a process left below `folder` that was killed while it wrote or deleted a checkpoint."""
+    remove_leftovers(folder)
+    for hidden in folder.glob(f".step-*{_DELETED}"):
+        shutil.rmtree(hidden)
 
 
 def newest_sound_checkpoint(folder: Path, say: Callable[[str], None]) -> Path:

@@ -1,7 +1,7 @@
 """Writing, verifying and reading one checkpoint folder.
 
 step-00000050/
-├── manifest.json          format, step, fingerprint of run, and the size and SHA-256 of every other file
+├── manifest.json          format, step, fingerprint and details of the run, size and SHA-256 of every other file
 ├── state.json             optimizer, schedule and scaler: what JSON can hold
 ├── state.safetensors      … and their tensors
 └── adapter/               as PEFT writes it, for any tool to load (`trainable.safetensors` for full fine-tuning)
@@ -11,33 +11,47 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from eightgig.checkpoint.codec import from_json_and_tensors, to_json_and_tensors
+from eightgig.checkpoint.codec import from_json_and_tensors, tensor_bytes, to_json_and_tensors
 from eightgig.core.errors import CheckpointError
 from eightgig.core.files import whole_folder, write_json
-from eightgig.models.trainable import load_trainable, save_trainable
+from eightgig.models.trainable import load_trainable, save_trainable, trainable_parameters
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: details, and a hash of the manifest itself
 MANIFEST = "manifest.json"
 STATE_JSON = "state.json"
 STATE_TENSORS = "state.safetensors"
+MAX_CHANGES_NAMED = 5
 _HASH_BLOCK_BYTES = 1 << 20
+
+Details = Mapping[str, Mapping[str, Any]]
+"""What stands behind a fingerprint: for each of its names, values by name, to tell what has changed."""
+
+NO_DETAILS: Details = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read back: the step it was taken after, and the nested state of everything but the weights."""
+    """A checkpoint read back.
+
+    Attributes:
+        step: optimizer steps done when it was taken.
+        state: nested state of everything but the weights.
+        changes: what in the details differs from when it was taken, although the fingerprint is the same.
+    """
 
     path: Path
     step: int
     state: Mapping[str, Any]
+    changes: tuple[str, ...]
 
 
 def step_folder_name(step: int) -> str:
@@ -46,7 +60,13 @@ def step_folder_name(step: int) -> str:
 
 
 def write_checkpoint(
-    folder: Path, *, step: int, model: nn.Module, state: Mapping[str, Any], fingerprint: Mapping[str, str]
+    folder: Path,
+    *,
+    step: int,
+    model: nn.Module,
+    state: Mapping[str, Any],
+    fingerprint: Mapping[str, str],
+    details: Details = NO_DETAILS,
 ) -> Path:
     """Write the checkpoint after `step` below `folder`, whole or not at all; returns its path.
 
@@ -56,6 +76,7 @@ def write_checkpoint(
         model: its trainable weights are saved.
         state: nested state of optimizer, schedule and scaler.
         fingerprint: hashes of what must be the same on resume, by name (config, data, trainable names).
+        details: values behind it, so that on resume not only that something has changed can be told, but what.
 
     Raises:
         DoesNotFit: the disk is full; nothing is left behind.
@@ -71,25 +92,38 @@ def write_checkpoint(
             for item in sorted(temporary.rglob("*"))
             if item.is_file()
         }
-        write_json(
-            temporary / MANIFEST,
-            {"format_version": FORMAT_VERSION, "step": step, "fingerprint": dict(fingerprint), "files": files},
-        )
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "fingerprint": dict(fingerprint),
+            "details": {name: dict(values) for name, values in details.items()},
+            "files": files,
+        }
+        write_json(temporary / MANIFEST, manifest | {"sha256": _sha256_of_json(manifest)})
     return path
 
 
-def read_checkpoint(path: Path, model: nn.Module, *, fingerprint: Mapping[str, str]) -> Checkpoint:
+def checkpoint_bytes(model: nn.Module, state: Mapping[str, Any]) -> int:
+    """Bytes of the tensors that `write_checkpoint` would write; all else in a checkpoint is thousandths of that."""
+    return tensor_bytes(trainable_parameters(model)) + tensor_bytes(state)
+
+
+def read_checkpoint(
+    path: Path, model: nn.Module, *, fingerprint: Mapping[str, str], details: Details = NO_DETAILS
+) -> Checkpoint:
     """Verify the checkpoint at `path`, load its weights into `model` and return the rest.
 
     Raises:
-        CheckpointError: a file is missing or altered, or the checkpoint belongs to another config or data set.
+        CheckpointError: a file is missing or altered, or the checkpoint belongs to another config or data set; as far
+            as `details` tell, each setting or file that differs is named.
     """
     manifest = verify_checkpoint(path)
-    _check_fingerprint(path, manifest["fingerprint"], fingerprint)
+    changes = {name: tuple(_changes(manifest["details"].get(name, {}), now)) for name, now in details.items()}
+    _check_fingerprint(path, manifest["fingerprint"], fingerprint, changes)
     load_trainable(model, path)
     encoded = json.loads((path / STATE_JSON).read_text(encoding="utf-8"))
     state = from_json_and_tensors(encoded, load_file(path / STATE_TENSORS))
-    return Checkpoint(path, int(manifest["step"]), state)
+    return Checkpoint(path, manifest["step"], state, tuple(change for some in changes.values() for change in some))
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
@@ -98,21 +132,8 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the first file that is missing, of the wrong size or altered.
     """
-    manifest_path = path / MANIFEST
-    if not manifest_path.is_file():
-        raise _damaged(path, f"{manifest_path} is missing")
-    try:
-        manifest: dict[str, Any] = json.loads(manifest_path.read_text(encoding="utf-8"))
-        files = manifest["files"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise _damaged(path, f"{manifest_path} can't be read ({error})") from error
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has checkpoint format {manifest.get('format_version')!r}",
-            expected=f"format {FORMAT_VERSION}",
-            next_step="resume with the EightGig version that wrote it",
-        )
-    for name, entry in files.items():
+    manifest = _read_manifest(path)
+    for name, entry in manifest["files"].items():
         file = path / name
         if not file.is_file():
             raise _damaged(path, f"{name} is missing")
@@ -123,11 +144,50 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_fingerprint(path: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest_path = path / MANIFEST
+    if not manifest_path.is_file():
+        raise _damaged(path, f"{manifest_path} is missing")
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
+        raise _damaged(path, f"{manifest_path} can't be read ({error})") from error
+    if not isinstance(manifest, dict) or "format_version" not in manifest:
+        raise _damaged(path, f"{manifest_path} can't be read (it is no manifest)")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint format {manifest['format_version']!r}",
+            expected=f"format {FORMAT_VERSION}",
+            next_step="resume with the EightGig version that wrote it",
+        )
+    # What it holds has the shape that was written if it is what was written.
+    if manifest.pop("sha256", None) != _sha256_of_json(manifest):
+        raise _damaged(path, f"the content of {MANIFEST} was altered (its SHA-256 differs)")
+    return manifest
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Each value of `now` that is another than in `before`, in words."""
+    now = json.loads(json.dumps(now))  # as the manifest gives values back
+    for name in sorted(before.keys() | now.keys()):
+        if name not in before:
+            yield f"{name} is new"
+        elif name not in now:
+            yield f"{name} is gone"
+        elif now[name] != before[name]:
+            yield f"{name} is {now[name]}, was {before[name]}"
+
+
+def _check_fingerprint(
+    path: Path, found: Mapping[str, str], expected: Mapping[str, str], changes: Mapping[str, tuple[str, ...]]
+) -> None:
     differing = sorted(name for name in expected if found.get(name) != expected[name])
     if differing:
+        named = [change for name in differing for change in changes.get(name, ())]
+        more = f", and {len(named) - MAX_CHANGES_NAMED} more" if len(named) > MAX_CHANGES_NAMED else ""
+        what = f": {', '.join(named[:MAX_CHANGES_NAMED])}{more}" if named else ""
         raise CheckpointError(
-            f"{path} was written with another {' and another '.join(differing)}",
+            f"{path} was written with another {' and another '.join(differing)}{what}",
             expected="the same configuration, training data and trainable weights as when the run began",
             next_step="put back what was changed, or start a new run with `eightgig train`",
         )
@@ -139,6 +199,10 @@ def _damaged(path: Path, what: str) -> CheckpointError:
         expected="every file as its manifest lists it",
         next_step=f"delete {path} and resume again: the checkpoint before it is used",
     )
+
+
+def _sha256_of_json(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

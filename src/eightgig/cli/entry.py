@@ -1,7 +1,7 @@
 """The entry point: runs the command line and turns every way of failing into a message and an exit code.
 
 Exit codes: 0 done, 1 to 8 the user's errors of `core.errors`, 2 also a wrong option, 70 an error that is ours,
-130 stopped with Ctrl-C.
+130 stopped with Ctrl-C, 143 with SIGTERM.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from eightgig.core.errors import EightGigError
 from eightgig.memory.segments import prefer_expandable_segments
 
 EXIT_UNEXPECTED = 70  # EX_SOFTWARE of BSD's sysexits.h
-EXIT_STOPPED = 130  # 128 + SIGINT, what shells report for Ctrl-C
 ERROR_LOG = "eightgig-error.log"
 
 
@@ -49,9 +48,9 @@ def run_command(arguments: Sequence[str]) -> int:
         _show_traceback(session)
         _say(f"error: {error}")
         return error.exit_code
-    except Stopped:
+    except Stopped as stopped:
         _say(how_to_go_on(session.run_folder))
-        return EXIT_STOPPED
+        return stopped.exit_code
     except Exception as error:
         _show_traceback(session)
         _say(unexpected_error_text(error, _keep_traceback(session.run_folder)))
@@ -60,8 +59,8 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 def how_to_go_on(run_folder: Path | None) -> str:
-    """What to say after Ctrl-C: the command that continues the run, if a checkpoint of it stands."""
-    if run_folder is None:
+    """What to say after Ctrl-C or SIGTERM: the command that continues the run, if a checkpoint of it stands."""
+    if run_folder is None or not run_folder.exists():
         return "stopped before the first step; nothing was trained"
     if not any((run_folder / "checkpoints").glob("step-*")):
         return f"stopped before the first checkpoint; what was logged is in {run_folder}, start again to train"

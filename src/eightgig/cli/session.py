@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -37,7 +38,15 @@ def is_main_process() -> bool:
 
 
 class Stopped(Exception):
-    """The user pressed Ctrl-C during a run."""
+    """A signal stopped a run.
+
+    Attributes:
+        exit_code: 128 + the signal's number, as shells report it: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        self.exit_code = 128 + signal_number
+        super().__init__()
 
 
 def session_of(context: typer.Context) -> Session:
@@ -47,11 +56,11 @@ def session_of(context: typer.Context) -> Session:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Turn Ctrl-C inside the block into `Stopped`, which Typer lets through, so that `entry` can say how to go on."""
+    """Turn Ctrl-C, or a run's SIGTERM, into `Stopped`, which Typer lets through, so that `entry` says how to go on."""
     try:
         yield
     except KeyboardInterrupt as error:
-        raise Stopped from error
+        raise Stopped(getattr(error, "signal_number", signal.SIGINT)) from error
 
 
 def start_logging(*, debug: bool) -> None:

@@ -1,6 +1,6 @@
 """Settings of a run: `TrainingConfig` and its sections, presets, files. The only thing a user writes."""
 
-from eightgig.config.enums import Batching, MixedPrecision, OptimizerName, TrainingMethod
+from eightgig.config.enums import Batching, MixedPrecision, OptimizerName, TrainingMethod, WhenDiskIsFull
 from eightgig.config.loading import FlagValue, ResolvedConfig, Row, describe, load_config, resolve, save_config
 from eightgig.config.preset_cards import PresetCard
 from eightgig.config.presets import ConfigPresets
@@ -38,6 +38,7 @@ __all__ = [
     "TrainingHyperparameters",
     "TrainingMethod",
     "ValidationConfig",
+    "WhenDiskIsFull",
     "describe",
     "json_schema",
     "load_config",

@@ -46,3 +46,10 @@ class OptimizerName(_Word):
     ADAMW = "adamw"
     ADAMW_8BIT = "adamw_8bit"
     PAGED_ADAMW_8BIT = "paged_adamw_8bit"
+
+
+class WhenDiskIsFull(_Word):
+    """What a run does when there is no room for a checkpoint."""
+
+    STOP = "stop"
+    GO_ON = "go_on"

@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from eightgig.config import method as training_method
 from eightgig.config.clash import raise_clashes
-from eightgig.config.enums import Batching, MixedPrecision, OptimizerName, TrainingMethod
+from eightgig.config.enums import Batching, MixedPrecision, OptimizerName, TrainingMethod, WhenDiskIsFull
 from eightgig.config.fields import (
     AutoCount,
     AutoFlag,
@@ -223,6 +223,9 @@ class CheckpointConfig(Section):
 
     every_steps: Count = Field(50, description="write a checkpoint every so many optimizer steps")
     keep_last: Count = Field(2, description="checkpoints kept beside the best one")
+    when_disk_is_full: WhenDiskIsFull = Field(
+        WhenDiskIsFull.STOP, description="stop = end the run at its last checkpoint; go_on = train on without new ones"
+    )
 
 
 class TrainingConfig(Section):

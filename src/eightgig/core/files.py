@@ -20,6 +20,7 @@ from eightgig.core.errors import DoesNotFit, EightGigError, EnvironmentProblem
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EROFS, errno.EPERM)
 _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)  # mkdir says "exists" of a file that stands where a folder should be
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.partial")
 _CODE_OF_SAFETENSORS = re.compile(r"os error (\d+)")  # it tells the system's errors in no other way
 
 
@@ -32,6 +33,18 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder `path` and those above it that are missing, each one's name synced to the disk."""
+    made = []
+    folder = path
+    while not folder.exists():
+        made.append(folder)
+        folder = folder.parent
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(made):
+        fsync_path(folder.parent)
 
 
 @contextlib.contextmanager
@@ -102,6 +115,16 @@ def _partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete from `folder` what writes left there that were killed. Nobody may be writing into it meanwhile."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _LEFTOVER.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` (UTF-8) to `path`: the old content or the new one is there, never half of it."""
     write_bytes(path, text.encode())
@@ -110,7 +133,7 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path`: the old content or the new one is there, never half of it."""
     with explained_write_errors(path), contextlib.ExitStack() as on_failure:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         temporary = _partial_name(path)
         on_failure.callback(temporary.unlink, missing_ok=True)
         with temporary.open("wb") as stream:
@@ -132,10 +155,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path` that becomes `path` when the block ends well, and vanishes otherwise.
 
     Every file is synced to disk before the one rename that makes the folder appear; a folder that was there before is
-    moved aside for it and deleted last.
+    moved aside for it, put back if that rename fails, and deleted last.
     """
     with explained_write_errors(path), contextlib.ExitStack() as on_failure:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         temporary, replaced = _partial_name(path), _partial_name(path)
         temporary.mkdir()
         on_failure.callback(shutil.rmtree, temporary, ignore_errors=True)
@@ -144,9 +167,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
             fsync_path(item)
         fsync_path(temporary)
         if path.exists():
+            on_failure.callback(_put_back, replaced, path)
             os.replace(path, replaced)
         os.replace(temporary, path)
         on_failure.pop_all()
         fsync_path(path.parent)
         if replaced.exists():
             shutil.rmtree(replaced)
+
+
+def _put_back(replaced: Path, path: Path) -> None:
+    """Undo that the folder `path` was moved to `replaced`, if it was and no other has taken its place."""
+    if replaced.exists() and not path.exists():
+        os.replace(replaced, path)

@@ -22,6 +22,7 @@ from eightgig.data.encode import Encoder
 from eightgig.data.order import StepOrder
 from eightgig.data.quarantine import SampleProblem
 from eightgig.data.sample import Sample
+from eightgig.data.worker_signals import leave_signals_to_training
 from eightgig.data.workers import POLL_S, WorkersFailed, next_of, quiet_when_a_worker_ends
 from eightgig.registry.facts import ImageLayout
 
@@ -151,6 +152,7 @@ class StepLoader:
                 packs=self._order.grouping.is_packed,
             ),
             num_workers=num_workers,
+            worker_init_fn=leave_signals_to_training,
             multiprocessing_context=_start_context(self._workers.start_method) if num_workers else None,
             pin_memory=self._workers.pin_memory,
             timeout=POLL_S if num_workers else 0,

@@ -41,15 +41,24 @@ def check_data(
     else:
         train_samples, validation_samples = split_validation(train_samples, config.data.val_fraction, config.seed)
     size_of = dict(zip(map(id, reports["training"].samples), reports["training"].sizes, strict=True))
+    image_bytes = [
+        image.path.stat().st_size for sample in train_samples for image in sample.images if image.path is not None
+    ]
     return DataSets(
         train=train_samples,
         train_sizes=tuple(size_of[id(sample)] for sample in train_samples),
         validation=validation_samples[: config.validation.max_samples],
-        fingerprint=_sha256_of(train_samples),
+        fingerprint=_sha256_of((train_samples, image_bytes)),
         num_quarantined=len(read.quarantine),
         num_cut_prompt_samples=sum(report.num_shortened_prompts for report in reports.values()),
         num_cut_answer_samples=sum(report.num_shortened_answers for report in reports.values()),
         has_images=reports["training"].num_images > 0,
+        files={
+            str(file.path): f"sha256 {file.sha256[:12]}..."
+            for read_set in _sets(read).values()
+            for file in read_set.manifest
+        }
+        | {"the training images": f"{len(image_bytes)} files of {sum(image_bytes):,} bytes"},
     )
 
 
@@ -103,6 +112,9 @@ def _record(samples: SampleSet, report: CheckReport) -> dict[str, Any]:
     return {"files": files, "num_samples": len(report.samples)} | counts
 
 
-def _sha256_of(samples: object) -> str:
-    """Hash of the samples' ids, texts and image paths, in order: what decides what a step sees."""
-    return hashlib.sha256(repr(samples).encode()).hexdigest()
+def _sha256_of(samples_and_sizes: object) -> str:
+    """Hash of the samples' ids, texts and image paths, in order, and the images' sizes: what decides what a step sees.
+
+    An image that is changed and keeps its size in bytes goes unnoticed; reading all of them again would take minutes.
+    """
+    return hashlib.sha256(repr(samples_and_sizes).encode()).hexdigest()

@@ -18,6 +18,7 @@ from eightgig.train.non_finite import NumberWatch
 from eightgig.train.plan_check import memory_line
 from eightgig.train.run import Run
 from eightgig.train.saving import Saver
+from eightgig.train.stopping import RunStopped, StopRequest
 from eightgig.train.validation import Validator
 
 NUM_STEPS_MEASURED = 2  # optimizer states appear in the first; the second is what all later ones are like
@@ -25,40 +26,73 @@ ETA_SMOOTHING = 0.9  # share of the old estimate kept at each step
 
 
 class TrainingLoop:
-    """Runs the optimizer steps of `run`."""
+    """Runs the optimizer steps of `run`, until the last or until `stop` is asked for."""
 
-    def __init__(self, run: Run, journal: Journal, validator: Validator, saver: Saver) -> None:
+    def __init__(self, run: Run, journal: Journal, validator: Validator, saver: Saver, stop: StopRequest) -> None:
         self.run = run
         self.journal = journal
         self.validate = validator
         self.saver = saver
+        self.stop = stop
         self._seconds_per_step: float | None = None
         self._gradients_checked = False
         self._watch = NumberWatch(run, journal)
 
-    def train(self, batches: Iterator[list[MicroBatch]], *, steps_done: int) -> None:
+    def train(self, batches: Iterator[list[MicroBatch]], *, steps_done: int, is_validated: bool = False) -> None:
         """Do all steps after `steps_done` (0 = a new run); `batches` gives this process's micro-batches of each.
 
+        `is_validated` says whether the validation that may be due after `steps_done` was done before.
+
         Raises:
-            DoesNotFit: the GPU ran out of memory.
+            DoesNotFit: the GPU ran out of memory, or the disk is full.
             EnvironmentProblem: the first gradients are not where they should be.
+            RunStopped: `stop` was asked for; the step in hand is finished and saved.
             TrainingDiverged: too many steps in a row had no finite loss and gradient.
         """
+        with self.stop.finishing_steps():
+            self._train(batches, steps_done, is_validated)
+        self.journal.close()
+
+    def _train(self, batches: Iterator[list[MicroBatch]], steps_done: int, is_validated: bool) -> None:
         run = self.run
-        if steps_done == 0:
-            self.validate(0)
+        self.saver.check_room()
+        if not is_validated and (steps_done == 0 or self._is_validation_due(steps_done)):
+            self._validate(steps_done)
+            self._stop_if_asked(steps_done)
         for step in range(steps_done + 1, run.num_steps + 1):
             self._step_or_explain(step, batches)
+            if step == steps_done + 1:
+                self.saver.check_room()  # the optimizer's states are there now
             if step == steps_done + NUM_STEPS_MEASURED:
                 self._compare_memory()
-            is_last = step == run.num_steps
-            is_best = False
-            if is_last or _is_due(step, run.config.validation.every_steps):
-                loss = self.validate(step)
-                is_best = loss is not None and self.saver.is_best(step, loss)
-            if is_last or is_best or _is_due(step, run.config.checkpoints.every_steps):
-                self.saver.save(step, reason="lowest validation loss so far" if is_best else "regular")
-        self.journal.close()
+            is_best = self._is_validation_due(step) and not self._is_stop_asked() and self._validate(step)
+            is_due = step == run.num_steps or _is_due(step, run.config.checkpoints.every_steps)
+            is_stopped = self._is_stop_asked()
+            if is_best or is_due or is_stopped:
+                reason = "lowest validation loss so far" if is_best else "regular" if is_due else "the run is stopped"
+                self.saver.save(step, reason=reason)
+            if is_stopped:
+                raise self.stop.stopped(f"after step {step}")
+
+    def _is_validation_due(self, step: int) -> bool:
+        return step == self.run.num_steps or _is_due(step, self.run.config.validation.every_steps)
+
+    def _validate(self, step: int) -> bool:
+        """Validate after `step`; whether the loss is the lowest so far. One that is cut short tells nothing."""
+        try:
+            loss = self.validate(step)
+        except RunStopped:
+            self.journal.message("the validation was cut short: it is done first when the run goes on")
+            return False
+        return step > 0 and loss is not None and self.saver.is_best(step, loss)
+
+    def _is_stop_asked(self) -> bool:
+        """Whether any process was asked to stop, so that all stop after the same step."""
+        return self.run.total_over_processes(int(self.stop.is_asked))[0] > 0
+
+    def _stop_if_asked(self, step: int) -> None:
+        if self._is_stop_asked():
+            raise self.stop.stopped(f"after step {step}")
 
     def _compare_memory(self) -> None:
         """Say how the memory so far compares with the plan, where there is one."""

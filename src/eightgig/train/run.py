@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -28,10 +28,13 @@ class DataSets:
 
     Attributes:
         train_sizes: those of the training samples, in their order.
-        fingerprint: hash of the training samples' ids, texts and image files' names, to be the same on resume.
+        fingerprint: hash of the training samples' ids, texts and image files' names and sizes, to be the same on
+            resume.
         num_quarantined: samples left out of either set.
         num_cut_prompt_samples: samples whose prompt is longer than `max_length` and gets cut.
         num_cut_answer_samples: samples whose answers alone are longer and get cut.
+        files: the beginning of the SHA-256 of every data file by path, and what the training images come to: to name
+            what has changed.
     """
 
     train: tuple[Sample, ...]
@@ -42,6 +45,7 @@ class DataSets:
     num_cut_prompt_samples: int
     num_cut_answer_samples: int
     has_images: bool
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass

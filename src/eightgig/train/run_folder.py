@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from eightgig.core.errors import CheckpointError, EnvironmentProblem
-from eightgig.core.files import explained_write_errors, write_json, write_text
+from eightgig.core.files import (
+    explained_write_errors,
+    fsync_path,
+    make_folder,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
+from eightgig.train.run_lock import LOCK, held_by_another, is_held, remove_lock_file
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -120,19 +129,21 @@ class RunFolder:
     def create(cls, wanted: Path | None, *, output_dir: Path, model_name: str) -> RunFolder:
         """A new, empty run folder: `wanted`, or one named by model and time below `output_dir`.
 
-        A `wanted` folder whose run ended before its first step (a wrong path, a dry run) is taken anew.
+        A `wanted` folder whose run ended before its first step (a wrong path, a dry run, a kill) is taken anew.
 
         Raises:
-            EnvironmentProblem: `wanted` exists and holds something else, or can't be made.
+            EnvironmentProblem: `wanted` exists and holds something else or a run that is running, or can't be made.
         """
         stem = f"{Path(model_name).name}-{datetime.now():%Y%m%d-%H%M%S}"
         with explained_write_errors(wanted or output_dir):
             path = wanted if wanted is not None else _first_free(output_dir, stem)
             run = cls(path)
+            if is_held(path):
+                raise held_by_another(path)
             was_removed = run.remove_if_never_begun()
             if not was_removed and path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise _taken(run)
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
         return run
 
     @classmethod
@@ -162,14 +173,26 @@ class RunFolder:
         """Whether samples were set aside, which the user will want to see."""
         return self.quarantine.is_file() and self.quarantine.stat().st_size > 0
 
+    @property
+    def _was_killed_at_once(self) -> bool:
+        """Whether a run was killed here while it wrote its first file: there are its lock and a part of the file."""
+        names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
+        return LOCK in names and all(name == LOCK or name.startswith(f".{self.facts.name}.") for name in names)
+
     def remove_if_never_begun(self) -> bool:
         """Delete what a run left that ended before its first step: one with neither numbers nor checkpoints.
 
-        A run that is running is left alone, and so are files that are not a run's own. Returns whether it was deleted.
+        A run that is running is left alone, and so are files that are not a run's own. That its status is "running"
+        says nothing, since one that was killed has it too; that a process holds its lock does. Returns whether it was
+        deleted.
         """
         has_results = any(path.exists() for path in (self.metrics, self.generations, self.checkpoints))
-        if not self.is_run or has_results or self.read_facts().get("status") == "running":
+        is_running = self.read_facts().get("status") == "running" and is_held(self.path)
+        if has_results or is_running or not (self.facts.is_file() or self._was_killed_at_once):
             return False
+        remove_leftovers(self.path)
+        if not is_held(self.path):
+            remove_lock_file(self.path)
         for file in (self.config, self.sources, self.receipt, self.plan, self.data, self.quarantine, self.facts):
             file.unlink(missing_ok=True)
         if not any(self.path.iterdir()):
@@ -199,15 +222,38 @@ class RunFolder:
         write_json(self.facts, {**self.read_facts(), **facts})
 
     def append(self, path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-        """Add `records` to the JSONL file `path`; they are with the operating system when this returns."""
-        with explained_write_errors(path), path.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        """Add `records` to the JSONL file `path`, all or none; they are with the operating system when this returns."""
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        with explained_write_errors(path), path.open("ab", buffering=0) as stream:
+            end = stream.tell()
+            try:
+                _write_all(stream, lines.encode())
+            except BaseException:
+                stream.truncate(end)
+                raise
+
+    def sync_logs(self) -> None:
+        """Put what was logged on the disk, so that a power cut takes nothing that was before a checkpoint."""
+        for path in (self.metrics, self.generations):
+            if path.is_file():
+                with explained_write_errors(path):
+                    fsync_path(path)
+
+    def has_validated(self, step: int) -> bool:
+        """Whether the validation after `step` is in the log."""
+        return any(record["kind"] == "validation" and record["step"] == step for record in read_jsonl(self.metrics))
 
     def forget_after(self, step: int) -> None:
         """Drop what was logged after `step`: a resumed run does those steps again."""
         for path in (self.metrics, self.generations):
             kept = [record for record in read_jsonl(path) if record["step"] <= step]
             write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+
+
+def _write_all(stream: io.FileIO, content: bytes) -> None:
+    """Write all of `content`: the system may take a part only, as where the disk is nearly full."""
+    while content:
+        content = content[stream.write(content) :]
 
 
 def _taken(run: RunFolder) -> EnvironmentProblem:

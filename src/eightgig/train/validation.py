@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,22 +13,30 @@ from eightgig.evaluate.loss import validation_loss
 from eightgig.evaluate.metrics import METRICS
 from eightgig.train.journal import Journal
 from eightgig.train.run import Run
+from eightgig.train.stopping import StopRequest
 
 
 class Validator:
-    """Validates `run` on demand and logs it."""
+    """Validates `run` on demand and logs it. A run of one process that is asked to stop does not finish it."""
 
-    def __init__(self, run: Run, journal: Journal) -> None:
+    def __init__(self, run: Run, journal: Journal, stop: StopRequest) -> None:
         self._run = run
         self._journal = journal
+        self._stop = stop
 
     def __call__(self, step: int) -> float | None:
-        """The validation loss after `step` optimizer steps; None where the run has no validation samples."""
+        """The validation loss after `step` optimizer steps; None where the run has no validation samples.
+
+        Raises:
+            RunStopped: the run was asked to stop meanwhile; nothing is logged.
+        """
         run = self._run
         if not run.data.validation:
             return None
         started = time.perf_counter()
-        with run.meter.phase("validate"):
+        # Processes that wait for each other can only stop together, where the loop asks all of them.
+        cut_short = self._stop.at_once() if run.accelerator.num_processes == 1 else contextlib.nullcontext()
+        with run.meter.phase("validate"), cut_short:
             loss = self._loss()
             # One process suffices for a few answers; the others wait for it below.
             generations = self._generate() if run.accelerator.is_main_process else []
