@@ -16,7 +16,7 @@ from eightgig.core.errors import DataError, EnvironmentProblem
 from eightgig.data.batch import EncodedSample, MicroBatch
 from eightgig.data.collate import collate
 from eightgig.data.encode import Encoder
-from eightgig.data.order import StepOrder
+from eightgig.data.order import MicroBatchOrder
 from eightgig.data.quarantine import SampleProblem
 from eightgig.data.sample import Sample
 from eightgig.registry.facts import ImageLayout
@@ -61,7 +61,7 @@ class StepLoader:
         self,
         samples: Sequence[Sample],
         encoder: Encoder,
-        order: StepOrder,
+        order: MicroBatchOrder,
         *,
         steps: range,
         workers: WorkerSettings = WorkerSettings(),

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from eightgig.core.seeds import derive_seed
+
+
+class MicroBatchOrder(Protocol):
+    """Tells the samples of each optimizer step."""
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """Sample indices of each micro-batch of optimizer step `step` (0-based)."""
 
 
 class StepOrder:
@@ -43,3 +52,22 @@ class StepOrder:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "sample order", epoch))
             self._epoch_in_hand = (epoch, torch.randperm(self.num_samples, generator=generator).tolist())
         return self._epoch_in_hand[1]
+
+
+class SplitOrder:
+    """The steps of `order`, with the same samples in the same order, at most `samples_at_once` in a micro-batch."""
+
+    def __init__(self, order: MicroBatchOrder, samples_at_once: int) -> None:
+        if samples_at_once < 1:
+            raise ValueError(f"must be at least 1: {samples_at_once=}")
+        self._order = order
+        self._samples_at_once = samples_at_once
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """Sample indices of each micro-batch of optimizer step `step` (0-based)."""
+        most = self._samples_at_once
+        return [
+            indices[start : start + most]
+            for indices in self._order.micro_batches(step)
+            for start in range(0, len(indices), most)
+        ]

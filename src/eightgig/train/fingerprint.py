@@ -19,6 +19,7 @@ WITHOUT_EFFECT_ON_RESULT = (
     ("data", "worker_start_method"),
     ("hardware", "cap_gib"),
     ("hardware", "feature_cache_gib"),
+    ("hardware", "rehearsal"),
     ("checkpoints",),
 )
 

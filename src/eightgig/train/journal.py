@@ -43,6 +43,11 @@ class Journal:
         if self._is_main:
             self._listener.on_message(text)
 
+    def recovery(self, record: Mapping[str, Any]) -> None:
+        """Log levers that were switched on because memory ran out."""
+        if self._is_main:
+            self._write(record)
+
     def close(self) -> None:
         """Write out what TensorBoard holds back."""
         if self._writer is not None:

@@ -1,4 +1,4 @@
-"""The micro-batch of a run's own data that takes the most memory, for its plan."""
+"""The micro-batch of a run's own data that takes the most memory, for its plan and its rehearsal."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from eightgig.data.check import SampleSize
 from eightgig.data.encode import Encoder
 from eightgig.data.loader import validation_batches
+from eightgig.data.order import MicroBatchOrder
 from eightgig.plan.workload import Workload
 
 if TYPE_CHECKING:
@@ -36,6 +37,19 @@ def largest_training_batch(config: TrainingConfig, spec: ModelSpec, encoder: Enc
     (batch,) = validation_batches(encoder, samples, batch_size=len(samples))
     num_generated = min(config.validation.num_generated, len(samples)) if data.validation else 0
     return Workload(encoder.processor, encoder, samples, batch, num_generated)
+
+
+def largest_micro_batch(
+    config: TrainingConfig, spec: ModelSpec, data: DataSets, order: MicroBatchOrder, steps: range
+) -> list[int]:
+    """Sample indices of the micro-batch in `steps` (0-based) of `order` with the most tokens, padding among them."""
+    rank = _rank(config, spec)
+    ranks = [rank(size) for size in data.train_sizes]
+
+    def padded(indices: list[int]) -> tuple[int, ...]:
+        return tuple(len(indices) * part for part in max(ranks[index] for index in indices))
+
+    return max((indices for step in steps for indices in order.micro_batches(step)), key=padded)
 
 
 def num_image_tokens(config: TrainingConfig, spec: ModelSpec, data: DataSets) -> int:

@@ -1,23 +1,26 @@
-"""The training loop, from top to bottom: validate, then step, log, validate and save until the last step."""
+"""The training loop, from top to bottom: rehearse, validate, then step, log, validate and save until the last step."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from accelerate.utils import set_seed
 
-from eightgig.core.errors import DoesNotFit
 from eightgig.core.seeds import derive_seed
-from eightgig.core.units import format_bytes
 from eightgig.data.batch import MicroBatch
 from eightgig.models.adapters import check_gradients
 from eightgig.train.journal import Journal
-from eightgig.train.plan_check import memory_line
+from eightgig.train.plan_check import memory_line, spill_line
+from eightgig.train.recovery import Recovery, Unit
+from eightgig.train.rehearsal import Rehearsal
 from eightgig.train.run import Run
+from eightgig.train.run_levers import PassSize
 from eightgig.train.saving import Saver
+from eightgig.train.step_batches import StepBatches
+from eightgig.train.step_undo import StepUndo
 from eightgig.train.validation import Validator
 
 NUM_STEPS_MEASURED = 2  # optimizer states appear in the first; the second is what all later ones are like
@@ -27,73 +30,100 @@ ETA_SMOOTHING = 0.9  # share of the old estimate kept at each step
 class TrainingLoop:
     """Runs the optimizer steps of `run`."""
 
-    def __init__(self, run: Run, journal: Journal, validator: Validator, saver: Saver) -> None:
+    def __init__(
+        self,
+        run: Run,
+        journal: Journal,
+        validator: Validator,
+        saver: Saver,
+        batches: StepBatches,
+        recovery: Recovery,
+        rehearsal: Rehearsal,
+    ) -> None:
         self.run = run
         self.journal = journal
-        self.validate = validator
+        self.validator = validator
         self.saver = saver
+        self.batches = batches
+        self.recovery = recovery
+        self.rehearsal = rehearsal
+        self._undo = StepUndo(run.step)
         self._seconds_per_step: float | None = None
         self._gradients_checked = False
+        self._spill_said = False
 
-    def train(self, batches: Iterator[list[MicroBatch]], *, steps_done: int) -> None:
-        """Do all steps after `steps_done` (0 = a new run); `batches` gives this process's micro-batches of each.
+    def train(self, *, steps_done: int) -> None:
+        """Do all steps after `steps_done` (0 = a new run).
 
         Raises:
-            DoesNotFit: the GPU ran out of memory.
+            DoesNotFit: the GPU ran out of memory, and nothing was left to be done about it.
             EnvironmentProblem: the first gradients are not where they should be.
         """
         run = self.run
+        if run.config.hardware.rehearsal:
+            self.rehearsal(steps_done)
         if steps_done == 0:
             self.validate(0)
         for step in range(steps_done + 1, run.num_steps + 1):
-            self._step_or_explain(step, batches)
-            if step == steps_done + NUM_STEPS_MEASURED:
-                self._compare_memory()
+            self._step(step)
+            self._compare_memory(is_settled=step == steps_done + NUM_STEPS_MEASURED)
             is_last = step == run.num_steps
             is_best = False
             if is_last or _is_due(step, run.config.validation.every_steps):
                 loss = self.validate(step)
                 is_best = loss is not None and self.saver.is_best(step, loss)
             if is_last or is_best or _is_due(step, run.config.checkpoints.every_steps):
-                self.saver.save(step, reason="lowest validation loss so far" if is_best else "regular")
+                self.save(step, reason="lowest validation loss so far" if is_best else "regular")
         self.journal.close()
 
-    def _compare_memory(self) -> None:
-        """Say how the memory so far compares with the plan, where there is one."""
-        line = memory_line(self.run)
+    def validate(self, step: int) -> float | None:
+        """The validation loss after `step`; None where the run has no validation samples."""
+        unit = Unit(step, "validate", "validate")
+        return self.recovery.do(unit, lambda: self.validator(step), size=self.run.validation_pass_size)
+
+    def save(self, step: int, *, reason: str) -> None:
+        """Write the checkpoint after `step`."""
+        unit = Unit(step, "save", "save")
+        self.recovery.do(unit, lambda: self.saver.save(step, reason=reason), size=self.run.validation_pass_size)
+
+    def _compare_memory(self, *, is_settled: bool) -> None:
+        """Say how the memory so far compares with the plan, once it `is_settled`, and once if it has left the card."""
+        line = memory_line(self.run) if is_settled else None
         if line is not None:
             self.journal.message(line)
+        spilled = None if self._spill_said else spill_line(self.run)
+        if spilled is not None:
+            self._spill_said = True
+            self.journal.message(spilled)
 
-    def _step_or_explain(self, step: int, batches: Iterator[list[MicroBatch]]) -> None:
-        try:
-            with self.run.meter.phase("train"):
-                self._step(step, batches)
-        except torch.OutOfMemoryError as error:
-            raise DoesNotFit(
-                f"the GPU ran out of memory in step {step}, "
-                f"with {format_bytes(self.run.meter.peak_bytes('reserved_bytes'))} reserved by PyTorch",
-                expected="a step that fits the card (or hardware.cap_gib)",
-                next_step=(
-                    "lower data.max_length, data.image_size or training.batch_size, or set "
-                    "hardware.gradient_checkpointing to true, and start again"
-                ),
-            ) from error
+    def _step(self, step: int) -> None:
+        record = self.recovery.do(
+            Unit(step, "train", "train"),
+            lambda: self._attempt(step),
+            size=lambda: PassSize.of(self.batches.of(step)),
+            undo=self._undo.restore,
+        )
+        self.journal.step(record, eta_s=self._eta_s(step, record["step_s"]), steps_planned=self.run.num_steps)
 
-    def _step(self, step: int, batches: Iterator[list[MicroBatch]]) -> None:
+    def _attempt(self, step: int) -> dict[str, Any]:
+        """Do `step` and return its record; what it needs is a function of `step`, so that it can be done again."""
         run = self.run
-        started = time.perf_counter()
-        micro_batches = next(batches)
-        data_wait_s = time.perf_counter() - started
-        counts = _count(run, micro_batches)
-        self._seed(step)
-        result = run.step(micro_batches, counts["num_target_tokens"])
-        grad_norm = run.step.finish_gradients()
-        self._check_gradients_once(grad_norm, counts["num_images"])
-        learning_rate = run.step.scheduler.get_last_lr()[0]
-        is_applied = run.step.apply(grad_norm)
-        loss = float(result.loss)
-        step_s = time.perf_counter() - started
-        record = {
+        with run.meter.phase("train"):
+            started = time.perf_counter()
+            micro_batches = self.batches.of(step)
+            data_wait_s = time.perf_counter() - started
+            counts = _count(run, micro_batches)
+            self._seed(step)
+            result = run.step(micro_batches, counts["num_target_tokens"])
+            grad_norm = run.step.finish_gradients()
+            self._check_gradients_once(grad_norm, counts["num_images"])
+            learning_rate = run.step.scheduler.get_last_lr()[0]
+            loss = float(result.loss)
+            self._undo.keep()
+            is_applied = run.step.apply(grad_norm)
+            self._undo.forget()
+            step_s = time.perf_counter() - started
+        return {
             "kind": "step",
             "step": step,
             "epoch": step / run.order.steps_per_epoch,
@@ -108,7 +138,6 @@ class TrainingLoop:
             "images_per_s": counts["num_images"] / step_s,
             **run.meter.step_fields(),
         }
-        self.journal.step(record, eta_s=self._eta_s(step, step_s), steps_planned=run.num_steps)
 
     def _seed(self, step: int) -> None:
         """Start every generator anew for `step`: a resumed or repeated step draws what it would have drawn."""

@@ -82,6 +82,11 @@ class RunFolder:
         return self.path / "plan.json"
 
     @property
+    def recovery(self) -> Path:
+        """The levers that were switched on when memory ran out, and when; only of a run in which it did."""
+        return self.path / "recovery.json"
+
+    @property
     def memory(self) -> Path:
         """Peak memory by category."""
         return self.path / "memory.json"
@@ -165,7 +170,8 @@ class RunFolder:
         has_results = any(path.exists() for path in (self.metrics, self.generations, self.checkpoints))
         if not self.is_run or has_results or self.read_facts().get("status") == "running":
             return False
-        for file in (self.config, self.sources, self.receipt, self.plan, self.data, self.quarantine, self.facts):
+        before_steps = (self.config, self.sources, self.receipt, self.plan, self.data, self.quarantine, self.recovery)
+        for file in (*before_steps, self.facts):
             file.unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from eightgig.checkpoint.retention import prune, record_best
 from eightgig.checkpoint.store import read_checkpoint, write_checkpoint
 from eightgig.checkpoint.training_state import training_state
+from eightgig.core.files import explained_write_errors
 from eightgig.train.journal import Journal
 from eightgig.train.run import Run
 from eightgig.train.run_folder import RunFolder
@@ -27,16 +29,26 @@ class Saver:
         run = self._run
         if run.accelerator.is_main_process:
             with run.meter.phase("save"):
-                path = write_checkpoint(
-                    self._checkpoints,
-                    step=step,
-                    model=run.model,
-                    state=training_state(run.step),
-                    fingerprint=self._fingerprint,
-                )
+                path = self._write(self._checkpoints, step=step)
             prune(self._checkpoints, keep_last=run.config.checkpoints.keep_last)
             self._journal.checkpoint(path, reason)
         run.accelerator.wait_for_everyone()
+
+    def rehearse(self) -> None:
+        """Write a checkpoint beside the others, read it back into the run, which it leaves as it is, and delete it."""
+        run = self._run
+        if run.accelerator.is_main_process:
+            parent = self._checkpoints.parent
+            with explained_write_errors(parent), TemporaryDirectory(prefix=".rehearsal-", dir=parent) as folder:
+                path = self._write(Path(folder), step=0)
+                read_checkpoint(path, run.model, fingerprint=self._fingerprint)
+        run.accelerator.wait_for_everyone()
+
+    def _write(self, checkpoints: Path, *, step: int) -> Path:
+        run = self._run
+        return write_checkpoint(
+            checkpoints, step=step, model=run.model, state=training_state(run.step), fingerprint=self._fingerprint
+        )
 
     def is_best(self, step: int, loss: float) -> bool:
         """Note the validation loss after `step`; whether it is the lowest so far (the same on every process)."""

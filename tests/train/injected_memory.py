@@ -1,0 +1,37 @@
+"""A card that is full at chosen operations, on the CPU: what the dispatcher is asked for raises instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class FullAt(TorchDispatchMode):
+    """Counts the operations inside, forward and backward, and raises out-of-memory instead of the `failing` one.
+
+    Attributes:
+        num_operations: begun so far.
+        has_failed: whether it raised.
+    """
+
+    def __init__(self, failing: int | None = None) -> None:
+        super().__init__()
+        self.failing = failing
+        self.num_operations = 0
+        self.has_failed = False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        self.num_operations += 1
+        if self.num_operations - 1 == self.failing:
+            self.has_failed = True
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Made up, in place of {func}.")
+        return func(*args, **(kwargs or {}))
