@@ -43,11 +43,8 @@ class Failures:
         def failing(*args: Any, **kwargs: Any) -> Any:
             call = self.num_calls.get(name, 0)
             self.num_calls[name] = call + 1
-            mode = FullAt(at if call in calls else None)
-            with mode:
-                result = original(*args, **kwargs)
-            assert not mode.has_failed
-            return result
+            with FullAt(at if call in calls else None):
+                return original(*args, **kwargs)
 
         self._monkeypatch.setattr(kind, method, failing)
 
@@ -87,7 +84,7 @@ def test_out_of_memory_in_every_phase_and_over_a_resume(
 ) -> None:
     """Found levers give, bit for bit, what told ones give; an interruption between makes no difference."""
     config = tiny_config(
-        training=DROPOUT | {"batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 5},
+        training=DROPOUT | {"batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 6, "loss_chunk_tokens": 64},
         hardware={"gradient_checkpointing": False},
         validation={"every_steps": 2},
     )
@@ -95,7 +92,7 @@ def test_out_of_memory_in_every_phase_and_over_a_resume(
         failures = Failures(patch)
         failures.add(Rehearsal, "_train", (0, 1))  # a plain second try, then checkpointing
         failures.add(Saver, "rehearse", (0,))  # a plain second try
-        failures.add(TrainingLoop, "_attempt", (2, 3), at=400)  # step 3: a plain second try, then offloading
+        failures.add(TrainingLoop, "_attempt", (4, 5), at=400)  # step 5: a plain second try, then offloading
         failures.add(Validator, "__call__", (1, 2))  # after step 2: a plain second try, then two samples at once
         failures.add(Saver, "_write", (2,), at=0)  # the checkpoint after step 2, behind two rehearsals
         listener = Listener(stop_after=5)
@@ -106,11 +103,11 @@ def test_out_of_memory_in_every_phase_and_over_a_resume(
     assert [(str(switch.unit), switch.change) for switch in switches] == [
         ("the rehearsal of the largest micro-batch", "all layers are checkpointed"),
         ("the validation after step 2", "2 samples go through at a time"),
-        ("step 3", "layer inputs wait on the host"),
+        ("step 5", "layer inputs wait on the host"),
     ]
     assert any("the checkpoint after step 2 again" in text for text in listener.texts)
 
-    outcome = resume(folder.path, listener=Listener(), command="test")  # goes on from step 4
+    outcome = resume(folder.path, listener=Listener(), command="test")  # goes on from step 4, before the last switch
     assert outcome.status == "finished"
 
     monkeypatch.setattr(training, "read_switches", lambda folder: switches)

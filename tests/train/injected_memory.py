@@ -10,18 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class FullAt(TorchDispatchMode):
-    """Counts the operations inside, forward and backward, and raises out-of-memory instead of the `failing` one.
+    """Notes the operations inside, forward and backward, and raises out-of-memory instead of the `failing` one.
 
     Attributes:
-        num_operations: begun so far.
-        has_failed: whether it raised.
+        operations: begun so far, by name.
     """
 
     def __init__(self, failing: int | None = None) -> None:
         super().__init__()
         self.failing = failing
-        self.num_operations = 0
-        self.has_failed = False
+        self.operations: list[str] = []
 
     def __torch_dispatch__(
         self,
@@ -30,8 +28,7 @@ class FullAt(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        self.num_operations += 1
-        if self.num_operations - 1 == self.failing:
-            self.has_failed = True
+        self.operations.append(str(func))
+        if len(self.operations) - 1 == self.failing:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Made up, in place of {func}.")
         return func(*args, **(kwargs or {}))

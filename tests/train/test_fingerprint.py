@@ -27,6 +27,7 @@ def _other_values() -> Iterator[tuple[str, Any, bool]]:
     yield "data.worker_start_method", "spawn", True
     yield "hardware.cap_gib", 5.5, True
     yield "hardware.feature_cache_gib", 20.0, True
+    yield "hardware.rehearsal", False, True
     yield "checkpoints.every_steps", 7, True
     yield "checkpoints.keep_last", 9, True
     yield "seed", 43, False

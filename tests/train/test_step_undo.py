@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def _step(*, dtype: torch.dtype = torch.float32, has_scaler: bool = False) -> TrainingStep:
     torch.manual_seed(0)
-    trainable = {name: nn.Parameter(torch.randn(*shape, dtype=dtype)) for name, shape in {"a": (7, 3), "b": ()}.items()}
+    trainable = {name: nn.Parameter(torch.randn(shape, dtype=dtype)) for name, shape in {"a": (7, 3), "b": ()}.items()}
     training = TrainingConfig.model_validate({"training": {"warmup_ratio": 0.5, "weight_decay": 0.1}}).training
     optimizer = build_optimizer(training, trainable.values(), CPU)
     family: Any = None  # no forward pass here
