@@ -13,12 +13,13 @@ class FullAt(TorchDispatchMode):
     """Notes the operations inside, forward and backward, and raises out-of-memory instead of the `failing` one.
 
     Attributes:
-        operations: begun so far, by name.
+        operations: names of those begun so far that have `among` in their name.
     """
 
-    def __init__(self, failing: int | None = None) -> None:
+    def __init__(self, failing: int | None = None, *, among: str = "") -> None:
         super().__init__()
         self.failing = failing
+        self.among = among
         self.operations: list[str] = []
 
     def __torch_dispatch__(
@@ -28,7 +29,8 @@ class FullAt(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        self.operations.append(str(func))
-        if len(self.operations) - 1 == self.failing:
-            raise torch.OutOfMemoryError(f"CUDA out of memory. Made up, in place of {func}.")
+        if self.among in str(func):
+            self.operations.append(str(func))
+            if len(self.operations) - 1 == self.failing:
+                raise torch.OutOfMemoryError(f"CUDA out of memory. Made up, in place of {func}.")
         return func(*args, **(kwargs or {}))

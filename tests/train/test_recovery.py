@@ -257,7 +257,7 @@ def test_without_a_lever_left_it_says_what_was_tried_and_on_what(bench: Bench) -
     with pytest.raises(DoesNotFit) as caught:
         bench.steps({(2, attempt): 100 for attempt in range(9)})
     text = str(caught.value)
-    assert "memory ran out in step 2, and no lever on its memory is left" in text
+    assert "ran out of memory in step 2, and no lever on its memory is left" in text
     assert "tried: all layers are checkpointed; layer inputs wait on the host; 1 sample goes through at a time" in text
     assert "samples of the largest micro-batch: train-" in text
     assert "start again" in text  # no checkpoint was written

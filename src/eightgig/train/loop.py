@@ -20,7 +20,6 @@ from eightgig.train.run import Run
 from eightgig.train.run_levers import PassSize
 from eightgig.train.saving import Saver
 from eightgig.train.step_batches import StepBatches
-from eightgig.train.step_undo import StepUndo
 from eightgig.train.validation import Validator
 
 NUM_STEPS_MEASURED = 2  # optimizer states appear in the first; the second is what all later ones are like
@@ -47,7 +46,7 @@ class TrainingLoop:
         self.batches = batches
         self.recovery = recovery
         self.rehearsal = rehearsal
-        self._undo = StepUndo(run.step)
+        self._undo = rehearsal.undo
         self._seconds_per_step: float | None = None
         self._gradients_checked = False
         self._spill_said = False

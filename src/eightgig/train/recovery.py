@@ -194,7 +194,7 @@ class Recovery:
         self._num_logged = max(self._num_logged, len(due))
 
     def _explained(self, unit: Unit, why: str) -> DoesNotFit:
-        found = "\n".join([f"memory ran out in {unit}, and {why}", *self._circumstances(unit)])
+        found = "\n".join([f"ran out of memory in {unit}, and {why}", *self._circumstances(unit)])
         return DoesNotFit(
             found,
             expected="work that fits the card (or hardware.cap_gib)",

@@ -40,7 +40,11 @@ class _OneMicroBatch:
 
 
 class Rehearsal:
-    """Does what takes the most memory, once, before the first step of a run or of its continuation."""
+    """Does what takes the most memory, once, before the first step of a run or of its continuation.
+
+    Attributes:
+        undo: takes it back; the steps use the same, for the memory on the host that it holds.
+    """
 
     def __init__(
         self,
@@ -54,7 +58,7 @@ class Rehearsal:
         """`open_loader` makes the one micro-batch as `batches` makes all."""
         self._run, self._batches, self._open_loader = run, batches, open_loader
         self._saver, self._journal, self._recovery = saver, journal, recovery
-        self._undo = StepUndo(run.step)
+        self.undo = StepUndo(run.step)
         self._updates = False
 
     def __call__(self, steps_done: int) -> None:
@@ -68,6 +72,7 @@ class Rehearsal:
         if not remaining:
             return
         started = time.perf_counter()
+        self._journal.message("rehearsing the largest micro-batch, a validation and a checkpoint")
         moment: Moment = "resume" if steps_done else "start"
         self._recovery.with_all_known()
         self._keep()
@@ -84,11 +89,11 @@ class Rehearsal:
                     self._recovery.do(validation, lambda: self._validate(remaining), size=run.validation_pass_size)
                 self._recovery.do(save, self._saver.rehearse, size=run.validation_pass_size)
         finally:
-            self._undo.restore()
+            self.undo.restore()
         if run.meter.is_cuda:  # what comes now finds the card as the plan does
             clear_device_cache(garbage_collection=True)
         seconds = time.perf_counter() - started
-        self._journal.message(f"rehearsed the largest micro-batch, a validation and a checkpoint in {seconds:.1f} s")
+        self._journal.message(f"rehearsed in {seconds:.1f} s: memory and disk suffice")
 
     def _train(self, remaining: range) -> None:
         """A first pass and an update, then a pass as all later ones are."""
@@ -128,13 +133,13 @@ class Rehearsal:
 
     def _keep(self) -> None:
         """Keep what an update changes; where it is too much, or the states' memory would never be freed, do none."""
-        is_kept = self._undo.keep()
+        is_kept = self.undo.keep()
         if not is_kept:
-            self._undo.forget()
+            self.undo.forget()
         # bitsandbytes holds on to pages for good (GlobalPageManager), and they are no memory of the card anyway.
         self._updates = is_kept and not getattr(self._run.step.optimizer, "is_paged", False)
 
     def _put_back(self) -> bool:
-        self._undo.restore()
+        self.undo.restore()
         self._keep()
         return True
