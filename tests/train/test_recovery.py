@@ -64,6 +64,7 @@ class FailingLoop(TrainingLoop):
     def _attempt(self, step: int) -> dict[str, Any]:
         attempt = self.num_attempts.get(step, 0)
         self.num_attempts[step] = attempt + 1
+        self.batches.of(step)  # image processors, on the host, reword what goes wrong
         mode = FullAt(self.fail.get((step, attempt)))
         with mode:
             record = super()._attempt(step)
@@ -294,7 +295,9 @@ def test_other_errors_pass(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("CUDA error: out of memory", False),
+        ("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.", False),
         ("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: you tried to allocate", True),
         ("The size of tensor a (3) must match", False),
     ],
@@ -321,3 +324,49 @@ def test_the_loss_takes_smaller_chunks_from_the_switch_on(bench: Bench) -> None:
         assert bench.run.step.compute.loss_chunk_tokens == LOSS_CHUNK_TOKENS
     finally:
         bench.run.step.compute = before
+
+
+def test_a_rehearsal_leaves_weights_states_and_rates_as_they_were(bench: Bench) -> None:
+    """Before the first step, where there are no states, and between steps, where there are."""
+    loop = bench.steps({})
+    expected, optimizer = bench.state(), bench.run.step.optimizer
+    seen: list[int] = []
+
+    def saved() -> None:
+        seen.append(len(optimizer.state))
+
+    loop.rehearsal._saver.rehearse = saved  # type: ignore[method-assign]
+    loop.rehearsal(NUM_STEPS)
+    _assert_same(bench.state(), expected)
+
+    loop = bench.loop({})
+    optimizer = bench.run.step.optimizer
+    loop.rehearsal._saver.rehearse = saved  # type: ignore[method-assign]
+    loop.rehearsal(0)
+    assert seen == [len(bench.weights)] * 2  # with all states there
+    assert not optimizer.state
+    for step in range(1, NUM_STEPS + 1):
+        loop._step(step)
+    _assert_same(bench.state(), expected)
+
+
+def test_where_no_copy_can_be_kept_a_rehearsal_makes_no_update(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_undo, "MAX_KEPT_BYTES", 0)
+    loop = bench.loop({})
+    optimizer, num_states = bench.run.step.optimizer, []
+    monkeypatch.setattr(loop.rehearsal._saver, "rehearse", lambda: num_states.append(len(optimizer.state)))
+    loop.rehearsal(0)
+    assert num_states == [0]
+    assert all(torch.equal(weight, bench.weights[name]) for name, weight in bench.run.trainable.items())
+
+
+def test_the_last_checkpoint_is_named_where_no_lever_is_left(bench: Bench) -> None:
+    loop = bench.loop({(1, attempt): 10 for attempt in range(9)})
+    checkpoint = bench.folder.checkpoints / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    try:
+        with pytest.raises(DoesNotFit) as caught:
+            loop._step(1)
+    finally:
+        checkpoint.rmdir()
+    assert f"go on from {checkpoint} with `eightgig train --resume {bench.folder.path}`" in str(caught.value)

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 
+from eightgig.checkpoint.retention import checkpoint_paths
 from eightgig.core.errors import CheckpointError, DoesNotFit
 from eightgig.core.files import write_json
 from eightgig.train.journal import Journal
@@ -30,6 +31,14 @@ Moment = Literal["start", "train", "validate", "save", "resume"]
 # In the order in which they come within a step: a new run begins at ("start", step 0), one that goes on after step n at
 # ("resume", step n).
 MOMENTS: tuple[Moment, ...] = ("start", "train", "validate", "save", "resume")
+
+# How it is said by what allocates past PyTorch's allocator for the device: cuBLAS its handles, the driver its code and
+# managed memory; and by the allocator of the host.
+OTHER_WORDINGS = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "DefaultCPUAllocator: can't allocate memory",
+)
 
 
 @dataclass(frozen=True)
@@ -215,7 +224,7 @@ class Recovery:
 
     def _next_step(self) -> str:
         change = "lower data.max_length, data.image_size or training.lora.rank"
-        checkpoints = sorted(self._folder.checkpoints.glob("step-*"))
+        checkpoints = checkpoint_paths(self._folder.checkpoints)
         if not checkpoints:
             return f"close other programs on the GPU, raise hardware.cap_gib, or {change}, and start again"
         return (
@@ -226,7 +235,7 @@ class Recovery:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether `error` says that memory did not suffice, on the device or on the host."""
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OTHER_WORDINGS)
 
 
 def read_switches(folder: RunFolder) -> tuple[LeverSwitch, ...]:

@@ -102,6 +102,9 @@ class Rehearsal:
         set_seed(derive_seed(self._run.config.seed, "rehearsal") % 2**32)  # numpy takes no more bits
         step([batch], batch.num_target_tokens)
         if self._updates:
+            for weight in step.trainable.values():
+                if weight.grad is not None:
+                    weight.grad.zero_()  # for the states' memory alone: the next pass shall have weights as good
             step.optimizer.step()
         if len(self._batches.order.micro_batches(remaining.start)) == 1:  # gradients are never there before a pass
             step.optimizer.zero_grad(set_to_none=True)
