@@ -33,6 +33,7 @@ from eightgig.train.run_levers import LOSS_CHUNK_TOKENS, RunLevers
 from eightgig.train.saving import Saver
 from eightgig.train.setup import build_run, choose_place
 from eightgig.train.step_batches import StepBatches
+from eightgig.train.stopping import StopRequest
 from eightgig.train.validation import Validator
 
 NUM_STEPS = 2
@@ -101,7 +102,7 @@ class Bench:
             path.unlink(missing_ok=True)
         self.listener = Listener()
         journal = Journal(folder, self.listener, is_main=True)
-        saver = Saver(run, folder, journal, {})
+        saver = Saver(run, folder, journal)
 
         def opened(order: Any, steps: range) -> Iterator[Any]:
             return _open_loader(run, 0, order, steps)
@@ -109,7 +110,8 @@ class Bench:
         batches = StepBatches(run.order, run.num_steps, opened)
         recovery = Recovery(run, batches, folder, journal, switches, steps_done=0)
         rehearsal = Rehearsal(run, batches, opened, saver, journal, recovery)
-        loop = FailingLoop(run, journal, Validator(run, journal), saver, batches, recovery, rehearsal)
+        stop = StopRequest(journal.message)
+        loop = FailingLoop(run, journal, Validator(run, journal, stop), saver, stop, recovery, rehearsal)
         loop.fail, loop.num_attempts, loop.operations = fail, {}, {}
         return loop
 

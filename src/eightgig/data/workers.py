@@ -15,6 +15,7 @@ POLL_S = 1.0
 
 # How torch's DataLoader words it: it has no errors of their own for these.
 _ENDED = re.compile(r"DataLoader worker .*(exited unexpectedly|killed by signal)")
+_RAISED_IN_WORKER = "Caught "
 _NOTHING_YET = re.compile(r"DataLoader timed out after")
 
 Batch = TypeVar("Batch")
@@ -43,6 +44,11 @@ def next_of(batches: Iterator[Batch], timeout_s: float | None) -> Batch:
                 raise WorkersFailed(f"a data worker was ended by the system: {text}") from error
             if not _NOTHING_YET.search(text):
                 raise
+        except (ConnectionError, EOFError) as error:
+            if str(error).startswith(_RAISED_IN_WORKER):
+                raise
+            # Its last batch had been announced; the memory that holds it is asked for from the worker itself.
+            raise WorkersFailed(f"a data worker was ended by the system: its batch can't be had ({error})") from error
         if timeout_s is not None and time.monotonic() - started_s > timeout_s:
             raise WorkersFailed(f"a data worker has given nothing for {timeout_s:g} s (data.worker_timeout_s)")
 
