@@ -16,9 +16,12 @@ import os, sys, time
 from pathlib import Path
 from eightgig.train.run_lock import only_writer
 with only_writer(Path(sys.argv[1])):
+    begun, tell = os.pipe()
     if os.fork() == 0:  # as a data worker, which outlives a killed parent for some seconds
+        os.write(tell, b".")
         time.sleep(60)
         os._exit(0)
+    os.read(begun, 1)  # only now has the child let go of what it inherited
     print("held", flush=True)
     time.sleep(60)
 """
