@@ -51,12 +51,16 @@ def test_flags_win_over_file_over_preset_over_defaults(
 def test_every_flag_reaches_its_setting(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--data", "d.jsonl", "--val", "v.jsonl", "--image-root", "img", "--output-dir", "out"]
     flags += ["--random-weights", "3", "--cap-gib", "7.25", "--run-folder", "here", "--dry-run"]
+    flags += ["--no-rehearsal"]
     assert run(capsys, "train", *flags)[0] == 0
     config = config_of(calls)
     assert (config.data.data_path, config.data.val_path) == (Path("d.jsonl"), Path("v.jsonl"))
     assert (config.data.image_root, config.output_dir) == (Path("img"), Path("out"))
     assert (config.model.random_weights_seed, config.hardware.cap_gib) == (3, 7.25)
     assert (calls.arguments["run_folder"], calls.arguments["dry_run"]) == (Path("here"), True)
+    assert config.hardware.rehearsal is False
+    assert run(capsys, "train")[0] == 0
+    assert config_of(calls).hardware.rehearsal is True
 
 
 def test_the_command_is_kept_as_it_can_be_typed_again(

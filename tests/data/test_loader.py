@@ -26,6 +26,7 @@ from eightgig.data.order import StepOrder
 from eightgig.data.quarantine import Quarantine
 from eightgig.data.sample import ImagePart, Sample
 from eightgig.data.sources import load_samples
+from eightgig.data.workers import WorkersFailed, next_of
 from eightgig.registry.llava import LlavaFamily
 
 NUM_SAMPLES = 11
@@ -249,6 +250,31 @@ def test_workers_that_die_or_hang_are_started_again_and_nothing_changes(
     reason = "ended by the system" if kind == "dies" else "has given nothing for 2 s (data.worker_timeout_s)"
     assert all(reason in text and "start again from there" in text for text in told)
     assert no_workers_left()
+
+
+class _Broken:
+    """Batches of which the next can't be had."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __iter__(self) -> _Broken:
+        return self
+
+    def __next__(self) -> MicroBatch:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("reset"), ConnectionRefusedError("refused"), EOFError()])
+def test_a_worker_that_dies_with_its_batch_announced(error: Exception) -> None:
+    """The batch's memory is asked for from the worker, over a socket that nobody answers any more."""
+    with pytest.raises(WorkersFailed, match="ended by the system"):
+        next_of(_Broken(error), None)
+
+
+def test_an_error_of_a_workers_own_is_no_death() -> None:
+    with pytest.raises(ConnectionResetError, match="Caught"):
+        next_of(_Broken(ConnectionResetError("Caught ConnectionResetError in DataLoader worker process 0.")), None)
 
 
 def test_a_worker_that_dies_while_training_computes_raises_nothing_there(

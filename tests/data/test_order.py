@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.data.conftest import make_sample
 
-from eightgig.data.order import StepOrder
+from eightgig.data.order import SplitOrder, StepOrder
 from eightgig.data.sample import Sample
 from eightgig.data.split import split_validation
 
@@ -59,6 +59,22 @@ def test_batch_size_and_accumulation_may_be_traded() -> None:
 def test_impossible_sizes(sizes: tuple[int, int, int], step: int) -> None:
     with pytest.raises(ValueError, match=r"at least 1|count from 0"):
         StepOrder(*sizes, 0).micro_batches(step)
+
+
+@given(**SIZES, at_once=st.integers(1, 9), step=st.integers(0, 40))
+def test_smaller_passes_have_the_same_samples_in_the_same_order(
+    num_samples: int, batch_size: int, accumulation: int, at_once: int, step: int
+) -> None:
+    order = StepOrder(num_samples, batch_size, accumulation, seed=1)
+    split, whole = SplitOrder(order, at_once).micro_batches(step), order.micro_batches(step)
+    assert [index for batch in split for index in batch] == [index for batch in whole for index in batch]
+    assert max(map(len, split)) <= at_once
+    assert len(split) == sum(-(-len(batch) // at_once) for batch in whole)  # no pass mixes micro-batches
+
+
+def test_passes_hold_a_sample_at_least() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        SplitOrder(StepOrder(3, 1, 1, 0), 0)
 
 
 def samples(num_images: int, per_image: int) -> list[Sample]:

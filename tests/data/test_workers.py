@@ -31,6 +31,7 @@ class _Raising:
         RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly"),
         RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "),
         EOFError(),
+        EOFError("Caught EOFError in pin memory thread for device 0."),
         ConnectionResetError(104, "Connection reset by peer"),
         ConnectionRefusedError(111, "Connection refused"),
         FileNotFoundError(2, "No such file or directory"),

@@ -200,3 +200,17 @@ def test_only_the_input_and_what_a_makes_of_it_are_kept(dtype: torch.dtype) -> N
     outputs[0].float().sum().backward()
     assert linears[0].down.grad.dtype == torch.float32
     assert hidden.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("kind", [PLAIN, NESTED])
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_may_be_changed_in_place(kind: str, bias: bool) -> None:
+    linears = [_linear(64, 64, 4, kind=kind, bias=bias), _linear(64, 128, 4, kind=kind, bias=bias)]
+    hidden = torch.randn(2, 5, 64, requires_grad=True)
+    ours = lora_linears(hidden, linears)
+    expected = _expected(hidden, linears, [_weight(each.base) for each in linears])
+    found, right = (
+        torch.autograd.grad([outputs[0].mul_(3).sum(), outputs[1].tanh_().sum()], hidden)
+        for outputs in (ours, expected)
+    )
+    _assert_close(found, right)

@@ -245,6 +245,18 @@ def test_a_model_that_calls_them_otherwise_gets_each_by_itself(
     assert Counter(calls) == Counter([2, 1, 1, 1, 2, 1] * NUM_LAYERS + [1, 1, 1, 1, 2, 1] * NUM_LAYERS)
 
 
+def test_a_pass_that_failed_leaves_nothing_behind(folder: Path, calls: list[int]) -> None:
+    loaded = _prepared(folder, fused=True)
+    for layer in loaded.spec.family.decoder_layers(loaded.model):
+        width = layer.self_attn.q_proj.in_features
+        layer.self_attn.q_proj(torch.randn(1, 3, width))  # and no call of the others
+    with torch.no_grad():
+        _logits(loaded)
+    calls.clear()
+    assert_close(_outcome(loaded), _outcome(_prepared(folder, fused=False)))
+    assert Counter(calls) == Counter(GROUPS_OF_A_LAYER * NUM_LAYERS)
+
+
 def test_nothing_waits_when_a_pass_has_ended(folder: Path) -> None:
     loaded = _prepared(folder, fused=True, gradient_checkpointing=True)
     _outcome(loaded)

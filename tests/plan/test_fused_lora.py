@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.plan.test_layer_memo import BF16
-from tests.plan.test_simulate import growth_of_training
+from tests.plan.test_simulate import growth_of_training, real_trace, simulated_growth
 from tests.tiny import build_tiny_llava
 
 from eightgig.config import TrainingConfig
@@ -17,6 +17,7 @@ from eightgig.plan.op_costs import PRODUCT
 from eightgig.plan.simulate import Simulation, simulate
 from eightgig.plan.workload import largest_workload
 from eightgig.registry import resolve
+from tiny_family import all_tiny_families, build_tiny_family
 
 NUM_LAYERS = 4
 
@@ -76,3 +77,16 @@ def test_with_dropout_nothing_changes(folder: Path) -> None:
     plain, ours = (_simulated(folder, fused=fused, training={"lora": {"dropout": 0.1}}) for fused in (False, True))
     assert ours.trace.sizes_bytes == plain.trace.sizes_bytes
     assert ours.micro_batch_costs == plain.micro_batch_costs
+
+
+def test_layers_with_biases_take_what_real_ones_take(tmp_path: Path) -> None:
+    tiny = next(each for each in all_tiny_families() if each.name == "llava_onevision")
+    config = TrainingConfig.model_validate(
+        {
+            "model": {"name": str(build_tiny_family(tiny, tmp_path / "model"))},
+            "data": {"max_length": 48},
+            "training": {"batch_size": 2, "gradient_accumulation_steps": 1, "optimizer": "adamw_8bit"},
+            "hardware": {"fused_lora": True},
+        }
+    )
+    assert simulated_growth(config) == growth_of_training(real_trace(config, resolve(config.model.name)))

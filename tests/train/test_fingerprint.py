@@ -29,6 +29,7 @@ def _other_values() -> Iterator[tuple[str, Any, bool]]:
     yield "hardware.feature_cache_gib", 20.0, True
     yield "training.max_skipped_steps", 9, True
     yield "data.worker_timeout_s", 60, True
+    yield "hardware.rehearsal", False, True
     yield "checkpoints.every_steps", 7, True
     yield "checkpoints.keep_last", 9, True
     yield "checkpoints.when_disk_is_full", "go_on", True

@@ -15,12 +15,13 @@ from eightgig.config import TrainingConfig
 from eightgig.data.check import SampleSize
 from eightgig.data.encode import Encoder
 from eightgig.data.grouping import Grouping
+from eightgig.data.loader import validation_batches
 from eightgig.data.order import StepOrder
 from eightgig.data.sample import ImagePart, Message, Sample, SourceRef, TextPart
 from eightgig.plan.workload import workload_sizes
 from eightgig.registry import ModelSpec, get
 from eightgig.registry.llava import LlavaFamily
-from eightgig.train.largest_batch import largest_training_batch
+from eightgig.train.largest_batch import largest_micro_batch, largest_training_batch
 from eightgig.train.run import DataSets
 
 WORDS = st.lists(st.integers(1, 30), min_size=1, max_size=9)
@@ -113,6 +114,23 @@ def test_no_row_is_longer_than_the_planned_one_nor_has_more_images(
     sizes = workload_sizes(work)
     assert sizes["num_image_tokens"] == 16 * work.batch.num_images
     assert sizes["num_text_tokens"] == longest - sizes["num_image_tokens"]
+
+
+@given(words=WORDS, batch_size=st.integers(1, 4), accumulation=st.integers(1, 3), first=st.integers(0, 5))
+def test_no_other_micro_batch_to_come_has_more_tokens(
+    words: list[int], batch_size: int, accumulation: int, first: int, encoder: Encoder, spec: ModelSpec, picture: Path
+) -> None:
+    data = data_of([sample(str(n), num_words, n % 3, picture) for n, num_words in enumerate(words)], encoder)
+    order, steps = StepOrder(len(words), batch_size, accumulation, seed=5), range(first, first + 4)
+
+    def padded(indices: list[int]) -> int:
+        (batch,) = validation_batches(encoder, [data.train[index] for index in indices], batch_size=len(indices))
+        return batch.labels.numel()
+
+    found = largest_micro_batch(TrainingConfig(), spec, data, order, steps)
+    to_come = [indices for step in steps for indices in order.micro_batches(step)]
+    assert found in to_come
+    assert padded(found) == max(map(padded, to_come))
 
 
 @pytest.mark.parametrize(("num_validation", "wanted", "num_generated"), [(1, 8, 2), (1, 1, 1), (1, 0, 0), (0, 8, 0)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes as bnb
@@ -161,3 +162,13 @@ def test_a_step_sees_the_highest_of_all_phases(card: dict[str, int]) -> None:
         "memory_peak_bytes": 5900,
         "memory_reserved_peak_bytes": 6000,
     }
+
+
+@pytest.mark.parametrize(("reserved", "expected"), [(7999, 0), (8000, 0), (8700, 700)])
+def test_what_is_more_than_the_card_has_was_moved_off_it(
+    card: dict[str, int], monkeypatch: pytest.MonkeyPatch, reserved: int, expected: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8000))
+    card["reserved"] = reserved
+    assert MemoryMeter(torch.device("cuda")).spilled_bytes() == expected
+    assert MemoryMeter(CPU).spilled_bytes() == 0

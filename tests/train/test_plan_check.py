@@ -9,7 +9,7 @@ import pytest
 
 from eightgig.core.units import GIB, MIB
 from eightgig.train.memory_meter import GpuPeaks
-from eightgig.train.plan_check import error_text, memory_line, planned_record
+from eightgig.train.plan_check import error_text, memory_line, planned_record, spill_line
 from eightgig.train.planning import PlannedMemory
 
 PLANNED = PlannedMemory(5 * GIB, 6 * GIB, 6 * GIB + 762 * MIB, {"weights": 5 * GIB, "rest": GIB + 762 * MIB})
@@ -63,3 +63,13 @@ def test_the_record_is_the_plan() -> None:
 )
 def test_the_error_is_in_per_cent_of_what_was_measured(planned: int, measured: int, text: str) -> None:
     assert error_text(planned, measured) == text
+
+
+def test_what_the_driver_moved_off_the_card_is_said() -> None:
+    def run(spilled_bytes: int) -> Any:
+        return SimpleNamespace(meter=SimpleNamespace(spilled_bytes=lambda: spilled_bytes))
+
+    assert spill_line(run(0)) is None
+    text = spill_line(run(700 * MIB))
+    assert text is not None
+    assert "at least 700.00 MiB lie in the host's RAM" in text

@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
@@ -22,17 +23,22 @@ from eightgig.config import TrainingConfig, WhenDiskIsFull, load_config, save_co
 from eightgig.config.levers import AUTO, automatic_paths
 from eightgig.core.errors import CheckpointError, DoesNotFit, EightGigError, EnvironmentProblem
 from eightgig.core.files import remove_leftovers, write_json
+from eightgig.data.batch import MicroBatch
 from eightgig.data.loader import StepLoader, WorkerSettings
+from eightgig.data.order import MicroBatchOrder
 from eightgig.memory.card import card_of
 from eightgig.train.events import RunOutcome, RunStart, SilentListener, TrainingListener
 from eightgig.train.journal import Journal
 from eightgig.train.loop import TrainingLoop
 from eightgig.train.planning import FindCard, PlanDoors
+from eightgig.train.recovery import Recovery, read_switches
+from eightgig.train.rehearsal import Rehearsal
 from eightgig.train.run import Run
 from eightgig.train.run_folder import RunFolder, read_jsonl
 from eightgig.train.run_lock import only_writer
 from eightgig.train.saving import Saver, resume_from_checkpoint
 from eightgig.train.setup import Place, build_run, choose_place
+from eightgig.train.step_batches import StepBatches
 from eightgig.train.stopping import StopRequest, heeding_signals
 from eightgig.train.validation import Validator
 
@@ -211,8 +217,13 @@ def _run_to_the_end(
     journal = Journal(folder, listener, is_main=run.accelerator.is_main_process, goes_on_when_full=goes_on_when_full)
     is_in_log = run.accelerator.is_main_process and folder.has_validated(steps_done)
     is_validated = run.total_over_processes(int(is_in_log))[0] > 0
-    loop = TrainingLoop(run, journal, Validator(run, journal, stop), Saver(run, folder, journal), stop)
-    loop.train(iter(_loader(run, steps_done)), steps_done=steps_done, is_validated=is_validated)
+    saver = Saver(run, folder, journal)
+    open_loader = partial(_open_loader, run, run.config.data.num_workers)
+    batches = StepBatches(run.order, run.num_steps, open_loader)
+    recovery = Recovery(run, batches, folder, journal, read_switches(folder), steps_done=steps_done)
+    rehearsal = Rehearsal(run, batches, partial(_open_loader, run, 0), saver, journal, recovery)
+    loop = TrainingLoop(run, journal, Validator(run, journal, stop), saver, stop, recovery, rehearsal)
+    loop.train(steps_done=steps_done, is_validated=is_validated)
     return finish(run, folder, listener, is_dry_run=False)
 
 
@@ -238,19 +249,19 @@ def _announce(run: Run, folder: RunFolder, listener: TrainingListener, *, steps_
     )
 
 
-def _loader(run: Run, steps_done: int) -> StepLoader:
-    settings = run.config.data
-    return StepLoader(
+def _open_loader(run: Run, num_workers: int, order: MicroBatchOrder, steps: range) -> Iterator[list[MicroBatch]]:
+    loader = StepLoader(
         run.data.train,
         run.encoder,
-        run.order,
-        steps=range(steps_done, run.num_steps),
+        order,
+        steps=steps,
         workers=WorkerSettings(
-            num_workers=settings.num_workers,
-            start_method=settings.worker_start_method,
-            timeout_s=settings.worker_timeout_s,
+            num_workers=num_workers,
+            start_method=run.config.data.worker_start_method,
+            timeout_s=run.config.data.worker_timeout_s,
             pin_memory=run.step.compute.device.type == "cuda",
         ),
         process_index=run.accelerator.process_index,
         num_processes=run.accelerator.num_processes,
     )
+    return iter(loader)

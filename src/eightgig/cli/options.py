@@ -56,6 +56,14 @@ Resume = Annotated[
     typer.Option(metavar="RUN", help="Go on with this run, alone, with its own settings.", rich_help_panel=_RUN),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Do everything up to the first step.", rich_help_panel=_RUN)]
+NoRehearsal = Annotated[
+    bool,
+    typer.Option(
+        "--no-rehearsal",
+        help="Begin without trying the largest batch, a validation and a checkpoint.",
+        rich_help_panel=_RUN,
+    ),
+]
 RandomWeights = Annotated[
     int | None,
     typer.Option(

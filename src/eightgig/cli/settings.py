@@ -23,6 +23,7 @@ FLAG_PATHS: Mapping[str, str] = {
     "--output-dir": "output_dir",
     "--max-steps": "training.max_steps",
     "--cap-gib": "hardware.cap_gib",
+    "--no-rehearsal": "hardware.rehearsal",
 }
 
 

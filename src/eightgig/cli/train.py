@@ -45,6 +45,7 @@ def train(  # noqa: PLR0913 - the parameters are the command line itself
     max_steps: options.MaxSteps = None,
     resume: options.Resume = None,
     dry_run: options.DryRun = False,
+    no_rehearsal: options.NoRehearsal = False,
     random_weights: options.RandomWeights = None,
     cap_gib: options.CapGib = None,
 ) -> None:
@@ -63,6 +64,7 @@ def train(  # noqa: PLR0913 - the parameters are the command line itself
         "--max-steps": max_steps,
         "--random-weights": random_weights,
         "--cap-gib": cap_gib,
+        "--no-rehearsal": False if no_rehearsal else None,
     }
     if resume is not None:
         others = {"--set": " ".join(settings or []) or None, "--run-folder": run_folder, "--dry-run": dry_run or None}

@@ -194,6 +194,9 @@ class HardwareConfig(Section):
     cap_gib: PositiveNumber | None = Field(
         None, description="limit of what PyTorch may reserve on the GPU, in GiB; null = the whole card"
     )
+    rehearsal: Flag = Field(
+        True, description="before the first step, try the largest micro-batch, a validation and a checkpoint"
+    )
     cache_image_features: AutoFlag = Field(
         AUTO,
         description="compute each image's features once, keep them on the disk, and train without the vision tower; "

@@ -115,6 +115,21 @@ def _partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
 
 
+@contextlib.contextmanager
+def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """An empty folder in `parent` for the block, deleted behind it; what a kill leaves is for `remove_leftovers`.
+
+    Raises:
+        DoesNotFit: the disk is full in the block.
+        EnvironmentProblem: nothing can be written there.
+    """
+    folder = _partial_name(parent / name)
+    with explained_write_errors(parent), contextlib.ExitStack() as finally_:
+        finally_.callback(shutil.rmtree, folder, ignore_errors=True)
+        folder.mkdir()
+        yield folder
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete from `folder` what writes left there that were killed. Nobody may be writing into it meanwhile."""
     for path in folder.iterdir() if folder.is_dir() else ():

@@ -19,7 +19,7 @@ from eightgig.core.logging import get_logger
 from eightgig.data.batch import EncodedSample, MicroBatch
 from eightgig.data.collate import collate, pack
 from eightgig.data.encode import Encoder
-from eightgig.data.order import StepOrder
+from eightgig.data.order import MicroBatchOrder
 from eightgig.data.quarantine import SampleProblem
 from eightgig.data.sample import Sample
 from eightgig.data.worker_signals import leave_signals_to_training
@@ -72,7 +72,7 @@ class StepLoader:
         self,
         samples: Sequence[Sample],
         encoder: Encoder,
-        order: StepOrder,
+        order: MicroBatchOrder,
         *,
         steps: range,
         workers: WorkerSettings = WorkerSettings(),
@@ -149,7 +149,7 @@ class StepLoader:
                 _collate_or_failure,
                 pad_token_id=self._encoder.pad_token_id,
                 layout=self._encoder.image_layout,
-                packs=self._order.grouping.is_packed,
+                packs=self._order.is_packed,
             ),
             num_workers=num_workers,
             worker_init_fn=leave_signals_to_training,

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from eightgig.config import Batching
 from eightgig.core.seeds import derive_seed
 from eightgig.data.grouping import Grouping
+
+
+class MicroBatchOrder(Protocol):
+    """Tells the samples of each optimizer step."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the samples of a micro-batch share one row."""
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """Sample indices of each micro-batch of optimizer step `step` (0-based)."""
 
 
 class StepOrder:
@@ -30,6 +43,11 @@ class StepOrder:
         self._epoch_in_hand: tuple[int, list[int]] | None = None
 
     @property
+    def is_packed(self) -> bool:
+        """Whether the samples of a micro-batch share one row."""
+        return self.grouping.is_packed
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps that see every sample once."""
         return -(-self.num_samples // (self.batch_size * self.accumulation))
@@ -48,3 +66,27 @@ class StepOrder:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "sample order", epoch))
             self._epoch_in_hand = (epoch, torch.randperm(self.num_samples, generator=generator).tolist())
         return self._epoch_in_hand[1]
+
+
+class SplitOrder:
+    """The steps of `order`, with the same samples in the same order, at most `samples_at_once` in a micro-batch."""
+
+    def __init__(self, order: MicroBatchOrder, samples_at_once: int) -> None:
+        if samples_at_once < 1:
+            raise ValueError(f"must be at least 1: {samples_at_once=}")
+        self._order = order
+        self._samples_at_once = samples_at_once
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the samples of a micro-batch share one row."""
+        return self._order.is_packed
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """Sample indices of each micro-batch of optimizer step `step` (0-based)."""
+        most = self._samples_at_once
+        return [
+            indices[start : start + most]
+            for indices in self._order.micro_batches(step)
+            for start in range(0, len(indices), most)
+        ]

@@ -18,7 +18,8 @@ _ENDED = re.compile(r"DataLoader worker .*(exited unexpectedly|killed by signal)
 _NOTHING_YET = re.compile(r"DataLoader timed out after")
 _RAISED_INSIDE = "in DataLoader worker process"  # an error of the worker's own code, sent here
 
-# Tensors are fetched from the worker that made them. One that has just died and does not count as dead yet shows so.
+# Tensors are fetched from the worker that made them. One that has just died and does not count as dead yet shows so;
+# behind pinned memory with "Caught EOFError in pin memory thread", so not every text of that form is the worker's.
 _LINE_BROKEN = (EOFError, ConnectionError, FileNotFoundError)
 
 Batch = TypeVar("Batch")

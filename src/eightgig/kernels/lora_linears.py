@@ -59,6 +59,8 @@ class _LoraLinears(torch.autograd.Function):
         for linear, up, part in zip(linears, ups, _of_each(projected, linears), strict=True):
             output = linear.base(hidden)  # without a graph: a tensor of its own
             output.view(-1, output.shape[-1]).addmm_(part, up.t(), alpha=linear.scaling)
+            if output._is_view():  # of its rows, where there is a bias: a model could not change it in place
+                output = torch.ops.aten._unsafe_view.default(output, output.shape)
             outputs.append(output)
         ctx.save_for_backward(hidden, projected, *adapters)
         ctx.linears = linears

@@ -66,7 +66,9 @@ class _Group:
 
         @functools.wraps(self._own[place])
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if place and self._is_shared:
+            if not place:
+                self._let_go()  # of what a pass that failed has left
+            elif self._is_shared:
                 output = self._waiting_for(place, x)
                 if output is not None:
                     return output

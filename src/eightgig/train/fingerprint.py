@@ -23,6 +23,7 @@ WITHOUT_EFFECT_ON_RESULT = (
     ("hardware", "cap_gib"),
     ("hardware", "feature_cache_gib"),
     ("training", "max_skipped_steps"),
+    ("hardware", "rehearsal"),
     ("checkpoints",),
 )
 

@@ -66,6 +66,11 @@ class Journal:
         self._write_waiting()
         self._folder.sync_logs()
 
+    def recovery(self, record: Mapping[str, Any]) -> None:
+        """Log levers that were switched on because memory ran out."""
+        if self._is_main:
+            self._write(record)
+
     def close(self) -> None:
         """Write out what waits, and what TensorBoard holds back.
 

@@ -1,4 +1,4 @@
-"""The micro-batch of a run's own data that takes the most memory, for its plan."""
+"""The micro-batch of a run's own data that takes the most memory, for its plan and its rehearsal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eightgig.config import Batching
 from eightgig.data.check import SampleSize
 from eightgig.data.encode import Encoder
 from eightgig.data.loader import validation_batches
-from eightgig.data.order import StepOrder
+from eightgig.data.order import MicroBatchOrder, StepOrder
 from eightgig.plan.workload import MeasuredSample, Workload, largest_row, mean_micro_batches
 
 if TYPE_CHECKING:
@@ -54,6 +54,21 @@ def sample_sizes(config: TrainingConfig, spec: ModelSpec, data: DataSets) -> lis
     """What orders the training samples by length: their tokens; see `_rank` for derived families."""
     rank = _rank(config, spec)
     return [rank(size) for size in data.train_sizes]
+
+
+def largest_micro_batch(
+    config: TrainingConfig, spec: ModelSpec, data: DataSets, order: MicroBatchOrder, steps: range
+) -> list[int]:
+    """Sample indices of the micro-batch in `steps` (0-based) of `order` with the most tokens, padding among them."""
+    sizes = sample_sizes(config, spec, data)
+
+    def computed(indices: list[int]) -> Any:
+        if order.is_packed:
+            return sum(sizes[index] for index in indices)
+        longest = max(sizes[index] for index in indices)
+        return tuple(len(indices) * part for part in longest) if spec.family.derivation else len(indices) * longest
+
+    return max((indices for step in steps for indices in order.micro_batches(step)), key=computed)
 
 
 def num_image_tokens(config: TrainingConfig, spec: ModelSpec, data: DataSets) -> int:

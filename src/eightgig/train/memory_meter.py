@@ -85,6 +85,13 @@ class MemoryMeter:
         """The highest `allocated_bytes` or `reserved_bytes` of any phase so far."""
         return max((peak[kind] for peak in self.peaks.values()), default=0)
 
+    def spilled_bytes(self) -> int:
+        """Bytes by which what PyTorch holds now is more than the card has: they can only lie elsewhere."""
+        if not self.is_cuda:
+            return 0
+        total_bytes = torch.cuda.get_device_properties(self.device).total_memory
+        return max(0, torch.cuda.memory_reserved(self.device) - total_bytes)
+
     def gpu_peaks(self) -> GpuPeaks | None:
         """The highest of any phase so far; None without a GPU."""
         if not self.is_cuda:

@@ -25,6 +25,21 @@ def memory_line(run: Run) -> str | None:
     return f"GPU memory: {', '.join(parts)}{others}"
 
 
+def spill_line(run: Run) -> str | None:
+    """What to say where PyTorch holds more than the card has; None where it does not.
+
+    Windows' driver then moves memory to the host's RAM without a word, and a step takes many times as long.
+    """
+    spilled_bytes = run.meter.spilled_bytes()
+    if not spilled_bytes:
+        return None
+    return (
+        f"the card is full: at least {format_bytes(spilled_bytes)} lie in the host's RAM, where the driver moved them, "
+        "and steps take many times as long; set hardware.cap_gib below the card's memory, so that the run makes do "
+        "with it, or 'CUDA - Sysmem Fallback Policy' to 'Prefer No Sysmem Fallback' in the NVIDIA control panel"
+    )
+
+
 def planned_record(run: Run) -> dict[str, Any]:
     """What memory.json holds of the plan, where the measured memory is beside it."""
     if run.planned is None or run.meter.gpu_peaks() is None:

@@ -16,10 +16,12 @@ from eightgig.data.encode import Encoder
 from eightgig.data.order import StepOrder
 from eightgig.data.sample import Sample
 from eightgig.models.load import LoadedModel
+from eightgig.step.layer_levers import LayerLevers
 from eightgig.step.step import TrainingStep
 from eightgig.train.image_features import FedRun
 from eightgig.train.memory_meter import MemoryMeter
 from eightgig.train.planning import PlannedMemory
+from eightgig.train.run_levers import PassSize
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class Run:
     """One run, ready to start or to go on.
 
     Attributes:
+        layer_levers: on the model's layers.
+        samples_at_once: the most that go through the model together, fewer from where memory ran out; None = as many as
+            the config says.
         encoder: makes the run's batches, with kept features in place of pixels where the model is fed with them.
         planned: the GPU memory that was planned; None without a GPU, off the main process, or if it can't be planned.
         fed: the model without its tower, and what feeds it; None where the tower computes in every step.
@@ -66,15 +71,27 @@ class Run:
     order: StepOrder
     num_steps: int
     step: TrainingStep
+    layer_levers: LayerLevers
     meter: MemoryMeter
     planned: PlannedMemory | None
     fed: FedRun | None = None
+    samples_at_once: int | None = None
 
     @property
     def model(self) -> nn.Module:
         """The model with its adapters."""
         model: nn.Module = self.loaded.model
         return model
+
+    @property
+    def validation_batch_size(self) -> int:
+        """Samples of a validation that go through the model together."""
+        wanted = self.config.training.batch_size
+        return wanted if self.samples_at_once is None else min(wanted, self.samples_at_once)
+
+    def validation_pass_size(self) -> PassSize:
+        """The largest forward pass of a validation, whose tokens are not counted."""
+        return PassSize(self.validation_batch_size)
 
     @property
     def trainable(self) -> Mapping[str, nn.Parameter]:
@@ -101,6 +118,7 @@ class Run:
     def give_up_model(self) -> None:
         """Drop model, optimizer and all else that holds GPU memory; the run can't be trained on after this."""
         del self.step
+        del self.layer_levers
         del self.loaded
 
     def total_over_processes(self, *counts: int) -> list[int]:

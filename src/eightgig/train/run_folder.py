@@ -91,6 +91,11 @@ class RunFolder:
         return self.path / "plan.json"
 
     @property
+    def recovery(self) -> Path:
+        """The levers that were switched on when memory ran out, and when; only of a run in which it did."""
+        return self.path / "recovery.json"
+
+    @property
     def memory(self) -> Path:
         """Peak memory by category."""
         return self.path / "memory.json"
@@ -193,7 +198,8 @@ class RunFolder:
         remove_leftovers(self.path)
         if not is_held(self.path):
             remove_lock_file(self.path)
-        for file in (self.config, self.sources, self.receipt, self.plan, self.data, self.quarantine, self.facts):
+        before_steps = (self.config, self.sources, self.receipt, self.plan, self.data, self.quarantine, self.recovery)
+        for file in (*before_steps, self.facts):
             file.unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()

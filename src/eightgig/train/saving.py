@@ -11,6 +11,7 @@ from eightgig.checkpoint.store import read_checkpoint, write_checkpoint
 from eightgig.checkpoint.training_state import training_state
 from eightgig.config import WhenDiskIsFull
 from eightgig.core.errors import DoesNotFit
+from eightgig.core.files import scratch_folder
 from eightgig.train.disk_space import check_room_for_checkpoint, check_room_for_run
 from eightgig.train.fingerprint import details_of, fingerprint_of
 from eightgig.train.journal import Journal
@@ -52,22 +53,39 @@ class Saver:
                 self._save(step, reason)
         run.accelerator.wait_for_everyone()
 
+    def rehearse(self) -> None:
+        """Write a checkpoint beside the others, read it back into the run, which it leaves as it is, and delete it.
+
+        Raises:
+            DoesNotFit: the disk is full, and the run is to stop then.
+        """
+        run, parent = self._run, self._folder.path
+        if run.accelerator.is_main_process:
+            with self._full_disk_heeded("going on"), scratch_folder(parent, "rehearsal") as folder:
+                path = self._write(folder, step=0)
+                read_checkpoint(path, run.model, fingerprint=fingerprint_of(run))
+        run.accelerator.wait_for_everyone()
+
     def _save(self, step: int, reason: str) -> None:
         run = self._run
         folder = self._folder.checkpoints
         self._journal.sync()  # a checkpoint is not to know of steps that the log has lost
         check_room_for_checkpoint(run, folder)
         with run.meter.phase("save"):
-            path = write_checkpoint(
-                folder,
-                step=step,
-                model=run.model,
-                state=training_state(run.step),
-                fingerprint=fingerprint_of(run),
-                details=details_of(run),
-            )
+            path = self._write(folder, step=step)
         prune(folder, keep_last=run.config.checkpoints.keep_last, up_to_step=step)
         self._journal.checkpoint(path, reason)
+
+    def _write(self, folder: Path, *, step: int) -> Path:
+        run = self._run
+        return write_checkpoint(
+            folder,
+            step=step,
+            model=run.model,
+            state=training_state(run.step),
+            fingerprint=fingerprint_of(run),
+            details=details_of(run),
+        )
 
     def is_best(self, step: int, loss: float) -> bool:
         """Note the validation loss after `step`; whether it is the lowest so far (the same on every process)."""

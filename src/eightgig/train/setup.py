@@ -29,15 +29,8 @@ from eightgig.models.precision import Precision, choose_precision
 from eightgig.models.tower_features import check_features_can_be_kept
 from eightgig.models.tower_in_4bit import tower_weights_kept
 from eightgig.registry import ModelSpec, resolve
-from eightgig.step.build import (
-    build_compute,
-    build_step,
-    checkpoint_as_configured,
-    fuse_lora_as_configured,
-    offload_as_configured,
-    tile_as_configured,
-    why_not_fused,
-)
+from eightgig.step.build import build_compute, build_step, fuse_lora_as_configured, why_not_fused
+from eightgig.step.layer_levers import LayerLevers
 from eightgig.train.datasets import check_data
 from eightgig.train.events import TrainingListener
 from eightgig.train.image_features import FeatureCache, FeaturePlace, FedRun
@@ -157,9 +150,8 @@ def build_run(
     if idle is not None:
         listener.on_message(f"hardware.fused_lora changes nothing: {idle}")
     fuse_lora_as_configured(config, spec, loaded.model)
-    tile_as_configured(config, spec, loaded.model)
-    checkpoint_as_configured(config, spec, loaded.model)
-    offload_as_configured(config, spec, loaded.model)
+    layer_levers = LayerLevers(spec, loaded.model)
+    layer_levers.put_on(config)
     training = config.training
     num_steps = training.max_steps or order.steps_per_epoch * training.num_epochs
     step = build_step(
@@ -179,6 +171,7 @@ def build_run(
         order=order,
         num_steps=num_steps,
         step=step,
+        layer_levers=layer_levers,
         meter=meter,
         planned=planned,
         fed=fed,

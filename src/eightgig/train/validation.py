@@ -57,7 +57,7 @@ class Validator:
         batches = validation_batches(
             run.encoder,
             run.data.validation,
-            batch_size=run.config.training.batch_size,
+            batch_size=run.validation_batch_size,
             process_index=run.accelerator.process_index,
             num_processes=run.accelerator.num_processes,
         )
@@ -72,7 +72,7 @@ class Validator:
             run.encoder,
             run.generation_samples,
             run.step.compute,
-            batch_size=run.config.training.batch_size,
+            batch_size=run.validation_batch_size,
             max_new_tokens=run.config.validation.max_new_tokens,
         )
 
