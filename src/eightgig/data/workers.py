@@ -15,8 +15,12 @@ POLL_S = 1.0
 
 # How torch's DataLoader words it: it has no errors of their own for these.
 _ENDED = re.compile(r"DataLoader worker .*(exited unexpectedly|killed by signal)")
-_RAISED_IN_WORKER = "Caught "
 _NOTHING_YET = re.compile(r"DataLoader timed out after")
+_RAISED_INSIDE = "in DataLoader worker process"  # an error of the worker's own code, sent here
+
+# Tensors are fetched from the worker that made them. One that has just died and does not count as dead yet shows so;
+# behind pinned memory with "Caught EOFError in pin memory thread", so not every text of that form is the worker's.
+_LINE_BROKEN = (EOFError, ConnectionError, FileNotFoundError)
 
 Batch = TypeVar("Batch")
 
@@ -44,11 +48,10 @@ def next_of(batches: Iterator[Batch], timeout_s: float | None) -> Batch:
                 raise WorkersFailed(f"a data worker was ended by the system: {text}") from error
             if not _NOTHING_YET.search(text):
                 raise
-        except (ConnectionError, EOFError) as error:
-            if str(error).startswith(_RAISED_IN_WORKER):
+        except _LINE_BROKEN as error:
+            if _RAISED_INSIDE in str(error):
                 raise
-            # Its last batch had been announced; the memory that holds it is asked for from the worker itself.
-            raise WorkersFailed(f"a data worker was ended by the system: its batch can't be had ({error})") from error
+            raise WorkersFailed("a data worker was ended by the system while it handed over a batch") from error
         if timeout_s is not None and time.monotonic() - started_s > timeout_s:
             raise WorkersFailed(f"a data worker has given nothing for {timeout_s:g} s (data.worker_timeout_s)")
 
