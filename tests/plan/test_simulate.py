@@ -33,6 +33,7 @@ from eightgig.step.build import (
     build_compute,
     build_step,
     checkpoint_as_configured,
+    group_rows_as_configured,
     offload_as_configured,
     tile_as_configured,
 )
@@ -75,6 +76,7 @@ def real_trace(config: TrainingConfig, spec: ModelSpec) -> MemoryTrace:
     trace = MemoryTrace()
     recorder = Recorder(trace, CudaRules(CARD))
     offload_as_configured(config, spec, loaded.model, HostTransfers(recorder))
+    group_rows_as_configured(config, spec, loaded.model)
     with recorder:
         recorder._note([*loaded.model.parameters(), *loaded.model.buffers()])  # else a view of one would count as new
         # The simulated run has its workspaces from validation.
@@ -190,6 +192,25 @@ def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fake_tensors_take_what_real_ones_take(hardware: dict[str, Any], tmp_path: Path) -> None:
     config = settings_of(tmp_path / "model", **hardware)
     assert simulated_growth(config) == growth_of_training(real_trace(config, resolve(config.model.name)))
+
+
+@pytest.mark.parametrize(
+    "hardware",
+    [
+        {},
+        {"gradient_checkpointing": False},
+        {"streamed_layers": 4, "offload_layer_inputs": True, "checkpointed_layers": 4, "mlp_tile_tokens": 20},
+    ],
+)
+@pytest.mark.usefixtures("every_size")
+def test_micro_batches_that_share_a_pass_take_what_real_ones_take(hardware: dict[str, Any], tmp_path: Path) -> None:
+    config = settings_of(tmp_path / "model", **hardware)
+    training = config.training.model_copy(update={"batch_size": 2, "gradient_accumulation_steps": 4})
+    together = config.hardware.model_copy(update={"micro_batches_per_pass": 4})
+    config = config.model_copy(update={"training": training, "hardware": together})
+    spec = resolve(config.model.name)
+    assert len(largest_workload(config, spec).samples) == 8
+    assert simulated_growth(config) == growth_of_training(real_trace(config, spec))
 
 
 def test_a_tower_in_4_bits_takes_what_a_real_one_takes(tmp_path: Path) -> None:

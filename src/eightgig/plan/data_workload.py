@@ -122,7 +122,7 @@ def data_workloads(config: TrainingConfig, spec: ModelSpec, read: ReadData) -> D
     train, num_train, num_validation = _split(read, even, config)
 
     def batch_of(ordered: Sequence[MeasuredSample]) -> Workload:
-        return workload_of(_sound(ordered, config.training.batch_size), encoder, processor, config)
+        return workload_of(_sound(ordered, config.samples_per_pass), encoder, processor, config)
 
     return DataWorkloads(
         largest=_largest([*itertools.chain(*even), *longest], batch_of),
@@ -224,8 +224,7 @@ def _largest(
 
 def _nearest_to_usual(samples: Sequence[MeasuredSample], config: TrainingConfig) -> list[MeasuredSample]:
     """`samples`, those first whose tokens are nearest to what an epoch's micro-batches are padded to in the mean."""
-    training = config.training
-    order = StepOrder(len(samples), training.batch_size, training.gradient_accumulation_steps, config.seed)
+    order = StepOrder(len(samples), config.samples_per_pass, config.passes_per_step, config.seed)
     padded_tokens = fmean(
         max(samples[index].num_tokens for index in micro_batch)
         for step in range(order.steps_per_epoch)

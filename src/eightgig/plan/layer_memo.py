@@ -4,6 +4,7 @@ A model has dozens of layers that allocate the same blocks in the same order. Th
 tensors of its own, forward and backward, and what it allocates goes on a tape; this call and all like it write the tape
 into the run's trace. What is outside of the layers (embeddings, head, optimizer) runs as ever, with the parameters and
 gradients of all layers, so that the trace is the same as without tapes, event by event (tests/plan/test_layer_memo.py).
+Where rows go through a layer in groups, all but the gradients of the layer at work is: autograd adds these up first.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ class LayerMemo:
         self.recorder = recorder
         self._recordings: dict[Any, LayerRecording] = {}
         self._is_recording = False
+        self._begun: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[_Held]] = weakref.WeakKeyDictionary()
 
     def wrap(self, model: nn.Module) -> None:
         """Wrap the forward of each layer in a list of like ones, on that instance."""
@@ -63,7 +66,12 @@ class LayerMemo:
                 return self._untaped(forward, args, kwargs)
             if key not in self._recordings:
                 self._recordings[key] = self._record(layer, forward, leaves, structure)
-            return self._play(self._recordings[key], parameters, leaves)
+            played = _Call(self._recordings, key, parameters)
+            if any(held.is_pending for held in self._begun.get(layer, ())):
+                with played.gradients(self.recorder):
+                    if played.key() not in self._recordings:
+                        self._recordings[played.key()] = self._record(layer, forward, leaves, structure)
+            return self._play(layer, played, leaves)
 
         return wrapped
 
@@ -91,13 +99,14 @@ class LayerMemo:
         finally:
             self._is_recording = False
 
-    def _play(self, recording: LayerRecording, parameters: Mapping[str, nn.Parameter], leaves: Sequence[Any]) -> Any:
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    def _play(self, layer: nn.Module, call: _Call, leaves: Sequence[Any]) -> Any:
+        tensors, recording = [leaf for leaf in leaves if isinstance(leaf, Tensor)], call.recording()
         if recording.has_backward:
             # Without a parameter among its inputs autograd would not know that a first layer learns.
-            anchor = next((parameter for parameter in parameters.values() if parameter.requires_grad), None)
+            anchor = next((parameter for parameter in call.parameters.values() if parameter.requires_grad), None)
             held = _Held.of(recording, tensors, self.recorder)
-            outputs = _PlayedLayer.apply(self.recorder, recording, parameters, held, anchor, *tensors)  # type: ignore[no-untyped-call]
+            self._begun.setdefault(layer, weakref.WeakSet()).add(held)
+            outputs = _PlayedLayer.apply(self.recorder, call, held, anchor, *tensors)  # type: ignore[no-untyped-call]
         else:
             live: dict[int, int] = {}
             category = self.recorder.category if self.recorder.category != OTHER else LAYER_AT_WORK
@@ -108,14 +117,51 @@ class LayerMemo:
         return tree_unflatten(list(outputs), recording.output_structure)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A call of a layer: what is known of it, which depends on the gradients that its parameters have by now.
+
+    In the backward pass these may be others than in the forward pass: where rows go through a layer in groups
+    (`memory.row_groups`), the first group back makes the gradients that the others are added to.
+    """
+
+    recordings: Mapping[Any, LayerRecording]
+    begun: tuple[Any, ...]
+    parameters: Mapping[str, nn.Parameter]
+
+    def key(self) -> tuple[Any, ...]:
+        """Under which it is recorded."""
+        (known, training, _), *rest = self.begun
+        return ((known, training, tuple(parameter.grad is not None for parameter in self.parameters.values())), *rest)
+
+    def recording(self) -> LayerRecording:
+        """What it does as things stand."""
+        return self.recordings[self.key()]
+
+    @contextlib.contextmanager
+    def gradients(self, recorder: Recorder) -> Iterator[None]:
+        """Inside, the parameters have the gradients that this call would make."""
+        made = self.recording().parameter_gradients
+        with recorder.paused():
+            for name, shape in made:
+                self.parameters[name].grad = make_tensor(shape)
+        try:
+            yield
+        finally:
+            for name, _ in made:
+                self.parameters[name].grad = None
+
+
 class _Held:
     """Inputs that a layer refers to after its forward pass; where someone else takes over what autograd saves, so too.
 
     Attributes:
         tensors: of each block of the tape, those that lie in it.
+        is_pending: whether the backward pass is to come.
     """
 
     def __init__(self) -> None:
+        self.is_pending = True
         self.tensors: dict[int, list[Tensor]] = defaultdict(list)
         self._blocks: list[int] = []
         self._kept: KeptTensors | None = None
@@ -134,7 +180,8 @@ class _Held:
         return held
 
     def come_back(self) -> None:
-        """Have the tensors here, also those that someone else had."""
+        """Have the tensors here, also those that someone else had; the backward pass begins."""
+        self.is_pending = False
         if self._kept is not None:
             self._fill(self._kept.hand_back())
             self._kept = None
@@ -155,13 +202,13 @@ class _PlayedLayer(torch.autograd.Function):
     def forward(
         ctx: Any,
         recorder: Recorder,
-        recording: LayerRecording,
-        parameters: Mapping[str, nn.Parameter],
+        call: _Call,
         held: _Held,
         anchor: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.recorder, ctx.recording, ctx.parameters, ctx.held = recorder, recording, parameters, held
+        ctx.recorder, ctx.call, ctx.held = recorder, call, held
+        recording = call.recording()
         live: dict[int, int] = {}
         ctx.live = live
         play(recording.forward, _trace_of(recorder), live, _ignore)
@@ -176,7 +223,7 @@ class _PlayedLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        recorder, recording, live = ctx.recorder, ctx.recording, ctx.live
+        recorder, recording, live = ctx.recorder, ctx.call.recording(), ctx.live
         recorder.category = OTHER
         ctx.held.come_back()
         for block, shape, gradient in zip(recording.output_gradients, recording.outputs, gradients, strict=True):
@@ -187,14 +234,14 @@ class _PlayedLayer(torch.autograd.Function):
 
         play(recording.backward, _trace_of(recorder), live, ctx.held.let_go)
         _add(recorder.costs, recording.backward_costs)
-        parameters = ctx.parameters
+        parameters = ctx.call.parameters
         fresh = _hand_out(recorder, [shape for _, shape in recording.parameter_gradients], live)
         for (name, _), gradient in zip(recording.parameter_gradients, fresh, strict=True):
             parameters[name].grad = gradient
         places = [i for i, shape in enumerate(recording.input_gradients) if shape is not None]
         handed = _hand_out(recorder, [shape for shape in recording.input_gradients if shape is not None], live)
         by_place = dict(zip(places, handed, strict=True))
-        return None, None, None, None, None, *[by_place.get(i) for i in range(len(recording.inputs))]
+        return None, None, None, None, *[by_place.get(i) for i in range(len(recording.inputs))]
 
 
 def _is_hooked() -> bool:

@@ -137,8 +137,8 @@ class _Session:
 
     def run(self, forward: Callable[..., Any], leaves: Sequence[Any], structure: Any) -> LayerRecording:
         recording, events = self.recording, self.tape.events
-        had_gradient = self._copy_gradients()
         outputs = self._forward(forward, leaves, structure)
+        had_gradient = self._copy_gradients()  # now, so that with and without gradients the forward pass is one tape
         recording.kept_inputs = [block for block in dict.fromkeys(recording.inputs) if self.tape.is_live(block)]
         if recording.has_backward:
             recording.input_gradients = [None] * len(recording.inputs)

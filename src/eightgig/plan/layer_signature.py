@@ -85,8 +85,10 @@ def _of_argument(leaf: Any, groups: dict[int, int]) -> Any:
             raise Unlike(type(leaf).__name__)
         return (type(leaf), leaf)
     group = groups.setdefault(leaf.untyped_storage()._cdata, len(groups))
-    content = None if isinstance(leaf, FakeTensor) else _digest(leaf)
-    return (group, tuple(leaf.shape), leaf.stride(), leaf.storage_offset(), leaf.dtype, leaf.requires_grad, content)
+    if isinstance(leaf, FakeTensor):  # where it lies in its storage changes nothing: of groups of rows one is recorded
+        return (group, tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.requires_grad, None)
+    place = leaf.storage_offset()
+    return (group, tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.requires_grad, (place, _digest(leaf)))
 
 
 def _digest(tensor: Tensor) -> bytes:

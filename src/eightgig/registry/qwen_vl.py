@@ -91,6 +91,7 @@ class QwenVLFamily(ModelFamily):
     image_placeholder = "<imgpad>"
     end_of_turn = "<|im_end|>"
     accepts_image_features = True
+    layer_row_dimensions = MappingProxyType({"positions": None})
     has_own_classes = True
     # The published folders have no other processor files.
     processor_files = MappingProxyType({"tokenizer": ("qwen.tiktoken", "tokenizer.json")})

@@ -1,4 +1,4 @@
-"""The micro-batch of a run's own data that takes the most memory, for its plan."""
+"""The pass over a run's own data that takes the most memory, for its plan."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from eightgig.data.check import SampleSize
 from eightgig.data.encode import Encoder
-from eightgig.data.loader import validation_batches
-from eightgig.plan.workload import Workload
+from eightgig.plan.workload import Workload, pass_and_validation
 
 if TYPE_CHECKING:
     from eightgig.config import TrainingConfig
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def largest_training_batch(config: TrainingConfig, spec: ModelSpec, encoder: Encoder, data: DataSets) -> Workload:
-    """A micro-batch of the training samples with the most tokens, image tokens among them.
+    """A pass over the training samples with the most tokens, image tokens among them.
 
     Validation is planned with the same samples: it answers as many of them as a batch of it holds, and none where the
     run has no validation samples.
@@ -30,12 +29,27 @@ def largest_training_batch(config: TrainingConfig, spec: ModelSpec, encoder: Enc
     """
     rank = _rank(config, spec)
     order = heapq.nlargest(
-        config.training.batch_size, range(len(data.train)), key=lambda index: rank(data.train_sizes[index])
+        config.samples_per_pass, range(len(data.train)), key=lambda index: rank(data.train_sizes[index])
     )
     samples = tuple(data.train[index] for index in order)
-    (batch,) = validation_batches(encoder, samples, batch_size=len(samples))
-    num_generated = min(config.validation.num_generated, len(samples)) if data.validation else 0
-    return Workload(encoder.processor, encoder, samples, batch, num_generated)
+    batch, validation = pass_and_validation(samples, encoder, config)
+    num_generated = min(config.validation.num_generated, len(validation.sample_ids)) if data.validation else 0
+    return Workload(encoder.processor, encoder, samples, batch, validation, num_generated)
+
+
+class LargestTrainingBatches:
+    """`largest_training_batch` for variants of a run's settings: made once for those that take as many samples."""
+
+    def __init__(self, spec: ModelSpec, encoder: Encoder, data: DataSets) -> None:
+        self._spec, self._encoder, self._data = spec, encoder, data
+        self._known: dict[tuple[int, int], Workload] = {}
+
+    def __call__(self, config: TrainingConfig) -> Workload:
+        """The pass of `config`. Raises what `largest_training_batch` does."""
+        size = (config.training.batch_size, config.samples_per_pass)
+        if size not in self._known:
+            self._known[size] = largest_training_batch(config, self._spec, self._encoder, self._data)
+        return self._known[size]
 
 
 def num_image_tokens(config: TrainingConfig, spec: ModelSpec, data: DataSets) -> int:

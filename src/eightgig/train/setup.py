@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from eightgig.config import TrainingConfig
+from eightgig.config.levers import automatic_paths
 from eightgig.core.errors import ConfigError, EnvironmentProblem, Problem
 from eightgig.data.encode import Encoder
 from eightgig.data.order import StepOrder
@@ -26,18 +27,20 @@ from eightgig.models.load import LoadedModel, load_model, load_processor
 from eightgig.models.precision import Precision, choose_precision
 from eightgig.models.tower_features import check_features_can_be_kept
 from eightgig.models.tower_in_4bit import tower_weights_kept
+from eightgig.plan.levers import TOGETHER
 from eightgig.registry import ModelSpec, resolve
 from eightgig.step.build import (
     build_compute,
     build_step,
     checkpoint_as_configured,
+    group_rows_as_configured,
     offload_as_configured,
     tile_as_configured,
 )
 from eightgig.train.datasets import check_data
 from eightgig.train.events import TrainingListener
 from eightgig.train.image_features import FeatureCache, FeaturePlace, FedRun
-from eightgig.train.largest_batch import largest_training_batch, num_image_tokens
+from eightgig.train.largest_batch import LargestTrainingBatches, num_image_tokens
 from eightgig.train.memory_meter import MemoryMeter
 from eightgig.train.planning import PlanDoors, Question, plan_run
 from eightgig.train.positions import positions_note
@@ -90,9 +93,11 @@ def choose_place(config: TrainingConfig) -> Place:
         )
     prefer_expandable_segments()
     accelerator = Accelerator(cpu=config.hardware.device == "cpu" or not torch.cuda.is_available())
-    accumulation = config.training.gradient_accumulation_steps
-    if accumulation % accelerator.num_processes:
+    accumulation, together = config.training.gradient_accumulation_steps, config.hardware.levers.micro_batches_per_pass
+    if accumulation % (accelerator.num_processes * together):
         allowed = f"a multiple of the {accelerator.num_processes} processes, which share the micro-batches of a step"
+        if together > 1:
+            allowed += f", times hardware.micro_batches_per_pass = {together}"
         raise ConfigError(
             [Problem("training.gradient_accumulation_steps", str(accumulation), allowed)],
             source="accelerate launch",
@@ -119,14 +124,15 @@ def build_run(
     encoder = _build_encoder(config, spec)
     data = check_data(read, config, encoder, folder, listener)
     planned = None
+    config = _for_processes(config, place.accelerator.num_processes)
     if place.accelerator.is_main_process:
         question = None
         card = doors.find_card(place.device)
-        workload = functools.partial(largest_training_batch, config, spec, encoder, data)
+        workload_of = LargestTrainingBatches(spec, encoder, data)
         if card is not None:
             tokens = functools.partial(num_image_tokens, config, spec, data)
             others_bytes = used_by_others(place.device, CONTEXT_BYTES)
-            question = Question(config, spec, card, others_bytes, read, workload, tokens)
+            question = Question(config, spec, card, others_bytes, read, workload_of, tokens)
         config, planned = plan_run(config, question, doors.find_kept, folder, listener)
     config = place.as_main_process_has(config)
     listener.on_message(f"loading {spec.name}")
@@ -149,8 +155,9 @@ def build_run(
     tile_as_configured(config, spec, loaded.model)
     checkpoint_as_configured(config, spec, loaded.model)
     offload_as_configured(config, spec, loaded.model)
+    group_rows_as_configured(config, spec, loaded.model)
     training = config.training
-    order = StepOrder(len(data.train), training.batch_size, training.gradient_accumulation_steps, config.seed)
+    order = StepOrder(len(data.train), config.samples_per_pass, config.passes_per_step, config.seed)
     num_steps = training.max_steps or order.steps_per_epoch * training.num_epochs
     step = build_step(
         config,
@@ -190,6 +197,14 @@ def _fed(
     cache.fill((*data.train, *data.validation))
     feature_place.wait_for_everyone()
     return cache.feed()
+
+
+def _for_processes(config: TrainingConfig, num_processes: int) -> TrainingConfig:
+    """`config` without a choice of the plan that several processes might not share evenly."""
+    if num_processes == 1 or TOGETHER not in automatic_paths(config):
+        return config
+    hardware = config.hardware.model_copy(update={"micro_batches_per_pass": 1})
+    return config.model_copy(update={"hardware": hardware})
 
 
 def _notes(config: TrainingConfig, spec: ModelSpec) -> Iterator[str]:
