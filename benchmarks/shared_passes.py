@@ -4,13 +4,15 @@ usage: python -m benchmarks.shared_passes --out RECORD.json                     
 
 LLaVA-1.5-13B on an RTX 4060: rows of 2,048 and of fewer tokens, 576 of them a picture, rank 16, every layer
 checkpointed, layer inputs and the embedding in RAM, paged 8-bit AdamW, eight micro-batches of one row a step.
-InstructBLIP-7B, whose pictures take 32 tokens, with all of its layers streamed. Times are estimates from data sheets.
+InstructBLIP-7B, whose pictures take 32 tokens, with all of its layers streamed. Times are estimates from data sheets;
+for a link with a share of the card's rate (an older or narrower slot), from the same costs.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from benchmarks.record import write_record
 from eightgig import registry
 from eightgig.config.loading import resolve
 from eightgig.plan.candidates import Candidates
-from eightgig.plan.plan import card_rates
+from eightgig.plan.card_rates import CardRates
+from eightgig.plan.plan import card_rates, time_of
 from eightgig.plan.step_time import device_seconds, issue_seconds, link_seconds
 from eightgig.plan.workload import LargestWorkloads
 from eightgig.registry.gpus import get_gpu
@@ -39,14 +42,14 @@ CASES: Mapping[str, tuple[tuple[int, int], ...]] = {
     "instructblip-vicuna-7b": ((128, 32), (32, 32)),
 }
 TOGETHER = (1, 2, 4, 8)
+LINK_SHARES = (1.0, 0.25)
 
 
 def rows_of(model: str) -> list[dict[str, Any]]:
     """Each case of `model`, with so many micro-batches a pass."""
     spec, card = registry.get(model), get_gpu(CARD)
     config = resolve("ultra_low_memory", SETTINGS | {"model.name": model}).config
-    rates = card_rates(card)
-    assert rates is not None
+    rates = _rates()
     candidates = Candidates(config, spec, card, card.vram_bytes, LargestWorkloads(spec), rates).with_validation()
     rows = []
     for max_length, num_streamed in CASES[model]:
@@ -59,7 +62,6 @@ def rows_of(model: str) -> list[dict[str, Any]]:
                 }
             )
             assert found is not None
-            assert found.time is not None
             costs, num_passes = found.simulation.micro_batch_costs, found.config.passes_per_step
             rows.append(
                 {
@@ -71,7 +73,11 @@ def rows_of(model: str) -> list[dict[str, Any]]:
                     "allocated_bytes": found.result.peak_allocated_bytes,
                     "reserved_bytes": found.result.peak_reserved_bytes,
                     "host_bytes": found.simulation.host_bytes,
-                    "step_s": found.time.step_s,
+                    "step_s": {
+                        f"{share:g} of the link": time.step_s
+                        for share in LINK_SHARES
+                        if (time := time_of(found.simulation, found.config, found.work, _with_link(rates, share)))
+                    },
                     "link_s": num_passes * link_seconds(costs, rates),
                     "device_s": num_passes * device_seconds(costs, rates),
                     "issue_s": num_passes * issue_seconds(costs, rates),
@@ -81,13 +87,28 @@ def rows_of(model: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _rates() -> CardRates:
+    rates = card_rates(get_gpu(CARD))
+    assert rates is not None
+    return rates
+
+
+def _with_link(rates: CardRates, share: float) -> CardRates:
+    return replace(rates, transfer_bytes_per_s=share * rates.transfer_bytes_per_s)
+
+
 def main() -> None:
     """Plan each case, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     rows = [row for model in CASES for row in rows_of(model)]
-    conditions = {"card": CARD, "preset": "ultra_low_memory", "settings": SETTINGS}
+    conditions = {
+        "card": CARD,
+        "link_bytes_per_s": _rates().transfer_bytes_per_s,
+        "preset": "ultra_low_memory",
+        "settings": SETTINGS,
+    }
     write_record(arguments.out, name="shared_passes", figures={"rows": rows}, conditions=conditions)
 
 

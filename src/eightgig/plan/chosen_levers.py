@@ -146,11 +146,12 @@ def _light(candidates: Candidates, base: Changes, found: Candidate) -> list[Chan
     """Levers but streaming that are left to the plan and that the model, the method and the data allow."""
     automatic = automatic_paths(candidates.config)
     batch = found.work.batch
+    num_tokens = batch.num_tokens // found.config.hardware.levers.micro_batches_per_pass  # that a layer takes at once
     options: list[tuple[Changes, bool]] = [
         ({EMBEDDING: True}, True),
         ({OFFLOAD: True}, True),
         ({FEATURES: True}, bool(batch.num_images)),
-        ({TILES: TILE_TOKENS}, batch.num_tokens > TILE_TOKENS),
+        ({TILES: TILE_TOKENS}, num_tokens > TILE_TOKENS),
     ]
     wanted = [changes for changes, has_use in options if has_use and automatic.issuperset(changes)]
     if tried(candidates, {**base, **_merged(wanted)}) is not None:

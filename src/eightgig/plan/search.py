@@ -252,7 +252,7 @@ def _cheap_changes(request: Request) -> Iterator[tuple[dict[str, object], str]]:
         yield {CHECKPOINTING: True}, "each layer is computed twice"
     if levers.checkpointed_layers is not None:
         yield {CHECKPOINTED_LAYERS: None}, "every layer is computed twice"
-    tokens = request.workload_of(config).batch.num_tokens // training.batch_size
+    tokens = request.workload_of(config).batch.num_tokens // config.samples_per_pass
     if TILES not in automatic and tokens > TILE_TOKENS and (levers.mlp_tile_tokens or tokens) > TILE_TOKENS:
         yield {TILES: TILE_TOKENS}, "the layers' MLPs take the tokens in tiles"
     if training.loss_chunk_tokens > SMALL_CHUNK_TOKENS:
