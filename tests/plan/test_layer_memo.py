@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from eightgig import registry
 from eightgig.config import MixedPrecision, TrainingConfig
 from eightgig.memory import layer_inputs
 from eightgig.models.precision import Precision
+from eightgig.plan import layer_memo
 from eightgig.plan.allocator import AllocatorSettings, replay
 from eightgig.plan.cuda_rules import CudaRules
 from eightgig.plan.layer_memo import LayerMemo
+from eightgig.plan.layer_recording import record_layer
 from eightgig.plan.recorder import Recorder
 from eightgig.plan.simulate import Simulator, simulate
 from eightgig.plan.trace import MemoryTrace
 from eightgig.plan.workload import largest_workload
 from eightgig.registry import ModelSpec, resolve
+from tiny_family import all_tiny_families, build_tiny_family
 
 BF16 = Precision(compute_dtype=torch.bfloat16, mixed_precision=MixedPrecision.BF16, note=None)
 
@@ -148,6 +152,83 @@ def test_rows_in_groups(hardware: dict[str, Any], tmp_path: Path, monkeypatch: p
     for ours, exact in zip(remembered.trace.live_bytes(), whole.trace.live_bytes(), strict=True):
         assert ours[0] == exact[0]
         assert ours[1] == pytest.approx(exact[1], abs=2 * layer_gradients_bytes)
+
+
+def test_groups_that_differ_in_what_they_are_given(layers_that_share_keys: Path) -> None:
+    """Rows of Gemma 4: masks have other contents in each group, and shared keys are put together and divided."""
+    config = TrainingConfig.model_validate(
+        {
+            "model": {"name": str(layers_that_share_keys)},
+            "data": {"max_length": 40},
+            "training": {"gradient_accumulation_steps": 2},
+            "validation": {"num_generated": 0},
+            "hardware": {"micro_batches_per_pass": 2},
+        }
+    )
+    spec = resolve(config.model.name)
+    work = largest_workload(config, spec)
+    inputs = dict(work.batch.model_inputs)
+    inputs["attention_mask"] = inputs["attention_mask"].clone()
+    inputs["attention_mask"][1, -7:] = 0
+    work = dataclasses.replace(work, batch=dataclasses.replace(work.batch, model_inputs=inputs))
+    remembered, whole = (
+        simulate(config, spec, work, BF16, (9, 0), remembers_layers=remembers) for remembers in (True, False)
+    )
+    assert remembered.micro_batch_costs == whole.micro_batch_costs
+    for ours, exact in zip(remembered.trace.live_bytes(), whole.trace.live_bytes(), strict=True):
+        assert ours[0] == exact[0]
+        assert ours[1] == pytest.approx(exact[1], rel=0.01)
+
+
+@pytest.fixture
+def layers_that_share_keys(tmp_path: Path) -> Path:
+    """A tiny Gemma 4 of twelve layers: the first half keeps its keys and values, the second takes those of two."""
+    (tiny,) = (each for each in all_tiny_families() if each.name == "gemma4")
+    layer_types = ["sliding_attention", "full_attention"] * 6
+    text = {**tiny.facts.architecture["text_config"], "num_hidden_layers": 12, "layer_types": layer_types}
+    text["num_kv_shared_layers"] = 6
+    facts = dataclasses.replace(tiny.facts, architecture={**tiny.facts.architecture, "text_config": text})
+    return build_tiny_family(dataclasses.replace(tiny, facts=facts), tmp_path / "model")
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_layers_that_share_keys_and_values(
+    checkpointing: bool, layers_that_share_keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of shared keys are added up when a layer ends, not within it: some events move, peaks hardly."""
+    config = TrainingConfig.model_validate(
+        {
+            "model": {"name": str(layers_that_share_keys)},
+            "data": {"max_length": 40},
+            "training": {"batch_size": 2, "gradient_accumulation_steps": 2},
+            "validation": {"num_generated": 0},
+            "hardware": {"gradient_checkpointing": checkpointing},
+        }
+    )
+    spec = resolve(config.model.name)
+    work = largest_workload(config, spec)
+    num_recorded = 0
+
+    def recorded(*args: Any) -> Any:
+        nonlocal num_recorded
+        num_recorded += 1
+        return record_layer(*args)
+
+    monkeypatch.setattr(layer_memo, "record_layer", recorded)
+    remembered, whole = (
+        simulate(config, spec, work, BF16, (9, 0), remembers_layers=remembers) for remembers in (True, False)
+    )
+    # Sliding or full; keys of its own, such as it leaves for others, or none: six kinds, each without gradients, with
+    # its first and with later ones. And the very first layer, whose input needs none, has the last two of its own.
+    assert num_recorded == 6 * 3 + 2
+    assert remembered.micro_batch_costs == whole.micro_batch_costs
+    assert len(remembered.trace.blocks) == len(whole.trace.blocks)
+    settings_ = AllocatorSettings(expandable_segments=True)
+    for mine, theirs in zip(
+        replay(remembered.trace, settings_).phases, replay(whole.trace, settings_).phases, strict=True
+    ):
+        assert mine.name == theirs.name
+        assert mine.allocated_bytes == pytest.approx(theirs.allocated_bytes, rel=0.003)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

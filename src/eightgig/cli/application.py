@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from eightgig import __version__
-from eightgig.cli import config, demo, inspect, models, plan, predict, report, train
+from eightgig.cli import config, demo, doctor, inspect, models, plan, predict, report, train
 from eightgig.cli.examples import examples
 from eightgig.cli.session import session_of, start_logging
 
@@ -47,6 +47,7 @@ app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("predict", epilog=predict.EXAMPLES)(predict.predict)
 app.command("report", epilog=report.EXAMPLES)(report.report)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
+app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 app.add_typer(models.app, name="models")
 app.add_typer(config.app, name="config")

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from eightgig.memory.kept_tensors import KeptTensors
+from eightgig.plan.call_arguments import open_call
 from eightgig.plan.categories import KEPT_FOR_BACKWARD, LAYER_AT_WORK, LAYER_OUTPUTS, OTHER
 from eightgig.plan.layer_recording import LayerRecording, TensorShape, make_tensor, record_layer
 from eightgig.plan.layer_signature import Unlike, arguments_signature, forward_signature, module_signature
@@ -40,16 +41,19 @@ class LayerMemo:
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
-        self._recordings: dict[Any, LayerRecording] = {}
+        self._recordings: dict[Any, LayerRecording | None] = {}  # None: it can't be recorded
         self._is_recording = False
-        self._begun: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[_Held]] = weakref.WeakKeyDictionary()
 
-    def wrap(self, model: nn.Module) -> None:
-        """Wrap the forward of each layer in a list of like ones, on that instance."""
+    def wrap(self, model: nn.Module, *, in_groups: bool = False) -> None:
+        """Wrap the forward of each layer in a list of like ones, on that instance.
+
+        With `in_groups` a layer is called several times before its first backward pass (`memory.row_groups`): the later
+        ones of these find gradients that were not there in their forward passes.
+        """
         for layer in _repeated_layers(model):
-            layer.forward = self._remembered(layer, layer.forward)
+            layer.forward = self._remembered(layer, layer.forward, in_groups)
 
-    def _remembered(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _remembered(self, layer: nn.Module, forward: Callable[..., Any], in_groups: bool) -> Callable[..., Any]:
         parameters = dict(layer.named_parameters())
         code = forward_signature(forward)
 
@@ -58,20 +62,22 @@ class LayerMemo:
             # Autocast keeps cast weights beyond the layer. A layer within a recorded one is on its tape.
             if self._is_recording or torch.is_autocast_enabled("cpu"):
                 return self._untaped(forward, args, kwargs)
-            leaves, structure = tree_flatten((args, kwargs))
+            leaves, structure, _ = open_call(args, kwargs)
             try:
                 call = (arguments_signature(leaves), structure, torch.is_grad_enabled())
                 key = (module_signature(layer, parameters.values()), code, *call)
             except Unlike:
                 return self._untaped(forward, args, kwargs)
             if key not in self._recordings:
-                self._recordings[key] = self._record(layer, forward, leaves, structure)
+                self._recordings[key] = self._record(layer, forward, args, kwargs)
+            if self._recordings[key] is None:
+                return self._untaped(forward, args, kwargs)
             played = _Call(self._recordings, key, parameters)
-            if any(held.is_pending for held in self._begun.get(layer, ())):
+            if in_groups:
                 with played.gradients(self.recorder):
                     if played.key() not in self._recordings:
-                        self._recordings[played.key()] = self._record(layer, forward, leaves, structure)
-            return self._play(layer, played, leaves)
+                        self._recordings[played.key()] = self._record(layer, forward, args, kwargs)
+            return self._play(played, leaves)
 
         return wrapped
 
@@ -86,26 +92,23 @@ class LayerMemo:
     def _leave_loss(self, gradient: Tensor) -> None:
         self.recorder.category = OTHER
 
-    def _record(
-        self, layer: nn.Module, forward: Callable[..., Any], leaves: Sequence[Any], structure: Any
-    ) -> LayerRecording:
+    def _record(self, layer: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> LayerRecording | None:
         self._is_recording = True
         # Hooks of the run (`memory.layer_inputs`) need not know of this layer, whose inputs are on the tape. Whoever
         # has hooks has handed over what they hand back.
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: [tensor], lambda held: held.pop())
         try:
             with hooks if _is_hooked() else contextlib.nullcontext():
-                return record_layer(self.recorder, layer, forward, leaves, structure)
+                return record_layer(self.recorder, layer, forward, args, kwargs)
         finally:
             self._is_recording = False
 
-    def _play(self, layer: nn.Module, call: _Call, leaves: Sequence[Any]) -> Any:
+    def _play(self, call: _Call, leaves: Sequence[Any]) -> Any:
         tensors, recording = [leaf for leaf in leaves if isinstance(leaf, Tensor)], call.recording()
         if recording.has_backward:
             # Without a parameter among its inputs autograd would not know that a first layer learns.
             anchor = next((parameter for parameter in call.parameters.values() if parameter.requires_grad), None)
             held = _Held.of(recording, tensors, self.recorder)
-            self._begun.setdefault(layer, weakref.WeakSet()).add(held)
             outputs = _PlayedLayer.apply(self.recorder, call, held, anchor, *tensors)  # type: ignore[no-untyped-call]
         else:
             live: dict[int, int] = {}
@@ -125,7 +128,7 @@ class _Call:
     (`memory.row_groups`), the first group back makes the gradients that the others are added to.
     """
 
-    recordings: Mapping[Any, LayerRecording]
+    recordings: Mapping[Any, LayerRecording | None]
     begun: tuple[Any, ...]
     parameters: Mapping[str, nn.Parameter]
 
@@ -136,7 +139,9 @@ class _Call:
 
     def recording(self) -> LayerRecording:
         """What it does as things stand."""
-        return self.recordings[self.key()]
+        recording = self.recordings[self.key()]
+        assert recording is not None  # where one can be recorded, so can the other
+        return recording
 
     @contextlib.contextmanager
     def gradients(self, recorder: Recorder) -> Iterator[None]:
@@ -157,11 +162,9 @@ class _Held:
 
     Attributes:
         tensors: of each block of the tape, those that lie in it.
-        is_pending: whether the backward pass is to come.
     """
 
     def __init__(self) -> None:
-        self.is_pending = True
         self.tensors: dict[int, list[Tensor]] = defaultdict(list)
         self._blocks: list[int] = []
         self._kept: KeptTensors | None = None
@@ -180,8 +183,7 @@ class _Held:
         return held
 
     def come_back(self) -> None:
-        """Have the tensors here, also those that someone else had; the backward pass begins."""
-        self.is_pending = False
+        """Have the tensors here, also those that someone else had."""
         if self._kept is not None:
             self._fill(self._kept.hand_back())
             self._kept = None

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
+from eightgig.plan.call_arguments import open_call
 from eightgig.plan.categories import OTHER
 from eightgig.plan.fake_ops import fresh_fake, span_bytes
 from eightgig.plan.layer_signature import Unlike
@@ -70,25 +71,27 @@ class LayerRecording:
 
 
 def record_layer(
-    recorder: Recorder, layer: nn.Module, forward: Callable[..., Any], leaves: Sequence[Any], structure: Any
-) -> LayerRecording:
+    recorder: Recorder, layer: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
+) -> LayerRecording | None:
     """Run `forward` of `layer` on copies of its arguments, then a backward pass.
+
+    Returns None for a layer that takes or returns what can't be copied or made anew, or that leaves something for later
+    layers.
 
     Args:
         recorder: writes down what is allocated; its ledger stays as found.
         layer: the layer; its parameters' gradients stay as found.
         forward: what to call.
-        leaves: its arguments, flattened.
-        structure: how they belong together.
-
-    Raises:
-        Unlike: it takes or returns what can't be copied or made anew.
+        args: its positional arguments.
+        kwargs: its other arguments.
     """
     ledger, costs, category, tape = recorder.ledger, recorder.costs, recorder.category, Tape()
     gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
     recorder.ledger, recorder.category = tape, OTHER
     try:
-        return _Session(recorder, tape, layer).run(forward, leaves, structure)
+        return _Session(recorder, tape, layer).run(forward, args, kwargs)
+    except Unlike:
+        return None  # what the pass made goes with the error, while the tape is still there to take note
     finally:
         recorder.ledger, recorder.costs, recorder.category = ledger, costs, category
         for name, parameter in layer.named_parameters():
@@ -135,9 +138,9 @@ class _Session:
         self.recording = LayerRecording()
         self.backward_begin = self.backward_end = 0
 
-    def run(self, forward: Callable[..., Any], leaves: Sequence[Any], structure: Any) -> LayerRecording:
+    def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> LayerRecording:
         recording, events = self.recording, self.tape.events
-        outputs = self._forward(forward, leaves, structure)
+        outputs = self._forward(forward, args, kwargs)
         had_gradient = self._copy_gradients()  # now, so that with and without gradients the forward pass is one tape
         recording.kept_inputs = [block for block in dict.fromkeys(recording.inputs) if self.tape.is_live(block)]
         if recording.has_backward:
@@ -170,11 +173,15 @@ class _Session:
                 names.add(name)
         return names
 
-    def _forward(self, forward: Callable[..., Any], leaves: Sequence[Any], structure: Any) -> list[Tensor]:
-        args, kwargs = tree_unflatten(self._own(leaves), structure)
+    def _forward(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> list[Tensor]:
+        leaves, structure, mappings = open_call(args, kwargs)
+        args, kwargs, shared = structure.assemble(self._own(leaves), mappings)
         self.recorder.costs = self.recording.forward_costs
         output = forward(*args, **kwargs)
         self.recorder.costs = None
+        if not shared.are_as_found:
+            shared.clear()  # what a checkpointed layer left holds the mapping, through its graph, and so itself
+            raise Unlike("it leaves something for later layers")
         self.recording.forward = stretches(self.tape.events)
         flat, self.recording.output_structure = tree_flatten(output)
         if not all(isinstance(leaf, FakeTensor) for leaf in flat):
@@ -224,6 +231,7 @@ class _Begin(torch.autograd.Function):
         ctx: Any, session: _Session, places: list[int], copies: list[Tensor], probe: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.session, ctx.places = session, places
+        ctx.set_materialize_grads(False)  # an argument that the layer does not use gets no gradient, not zeros
         outputs = tuple(copy.detach() for copy in copies)
         copies.clear()
         return outputs

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 _PLAIN = (bool, int, float, str, torch.dtype, type(None))
 _NUMBERING = frozenset({"layer_idx", "layer_index", "layer_number", "layer_id"})
 """Attributes that tell a layer its place, and change nothing about what it allocates without a key-value cache."""
+ALIGNMENT_BYTES = 16  # of the widest load of a CUDA thread
 _DIGESTS = WeakTensorKeyDictionary()  # of tensors as they were at some version: (version, digest)
 
 
@@ -44,7 +45,8 @@ def forward_signature(forward: Callable[..., Any]) -> tuple[Any, ...]:
 
 
 def arguments_signature(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    """Shapes, strides and dtypes of tensors, values of all else, and of tensors that have them; which share a storage.
+    """Shapes, strides, alignment and dtypes of tensors, values of all else and of such tensors as have them; which
+    share a storage.
 
     Raises:
         Unlike: one is neither a tensor nor a plain value.
@@ -85,10 +87,11 @@ def _of_argument(leaf: Any, groups: dict[int, int]) -> Any:
             raise Unlike(type(leaf).__name__)
         return (type(leaf), leaf)
     group = groups.setdefault(leaf.untyped_storage()._cdata, len(groups))
-    if isinstance(leaf, FakeTensor):  # where it lies in its storage changes nothing: of groups of rows one is recorded
-        return (group, tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.requires_grad, None)
-    place = leaf.storage_offset()
-    return (group, tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.requires_grad, (place, _digest(leaf)))
+    content = None if isinstance(leaf, FakeTensor) else _digest(leaf)
+    # Which part of a storage a layer is given (Gemma 4 cuts one tensor up for its layers) changes nothing, but kernels
+    # may be chosen by how it is aligned.
+    misaligned_bytes = leaf.storage_offset() * leaf.dtype.itemsize % ALIGNMENT_BYTES
+    return (group, tuple(leaf.shape), leaf.stride(), misaligned_bytes, leaf.dtype, leaf.requires_grad, content)
 
 
 def _digest(tensor: Tensor) -> bytes:

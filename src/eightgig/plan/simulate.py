@@ -183,7 +183,8 @@ class Simulator:
         tile_as_configured(config, spec, model)
         checkpoint_as_configured(config, spec, model)
         if self._memos is not None:
-            self._memos.setdefault(_layer_settings(config), LayerMemo(self._recorder)).wrap(model)
+            memo = self._memos.setdefault(_layer_settings(config), LayerMemo(self._recorder))
+            memo.wrap(model, in_groups=config.hardware.levers.micro_batches_per_pass > 1)
         offload_as_configured(config, spec, model, HostTransfers(self._recorder))
         group_rows_as_configured(config, spec, model)
         compute = replace(build_compute(config, CUDA, self._precision), device=CPU)
