@@ -15,6 +15,7 @@ from tests.tiny import build_tiny_llava, write_image
 from eightgig.app.prediction import predict
 from eightgig.app.training import resume
 from eightgig.config import TrainingConfig
+from eightgig.data import loader
 from eightgig.train.events import RunOutcome, SilentListener
 
 Config = Callable[..., TrainingConfig]
@@ -76,3 +77,24 @@ def test_an_interrupted_run_goes_on_with_its_weights_in_ram(
         [record for record in _records(outcome.run_folder) if record["kind"] == "step"] for outcome in (whole, resumed)
     ]
     assert steps[0] == steps[1]
+
+
+def test_micro_batches_that_share_a_pass_train_the_same(
+    deep_model: Path, tiny_config: Config, run_training: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses, validation and answers of one micro-batch after the other, for a quarter of what is streamed."""
+    sizes: list[int] = []
+    collate = loader.collate
+    monkeypatch.setattr(loader, "collate", lambda samples, *rest: sizes.append(len(samples)) or collate(samples, *rest))
+    streamed, records = {}, {}
+    for together in (1, 4):
+        sizes.clear()
+        hardware = {**IN_RAM, "streamed_layers": 4, "micro_batches_per_pass": together}
+        config = tiny_config(model={"name": str(deep_model)}, hardware=hardware)
+        folder = run_training(config, name=f"{together} a pass").run_folder
+        records[together] = _records(folder)
+        streamed[together] = json.loads((folder / "memory.json").read_text())["streamed_bytes"]
+        assert max(sizes) == together
+    for ours, alone in zip(records[4], records[1], strict=True):
+        assert ours == {**alone, "loss": pytest.approx(alone["loss"], rel=1e-4)}
+    assert streamed[4] < streamed[1]

@@ -23,6 +23,7 @@ PINNED: dict[str, st.SearchStrategy[Any]] = {
     "embedding_on_host": st.booleans(),
     "streamed_layers": st.just(0) | st.integers(3, 99),
     "cache_image_features": st.booleans(),
+    "micro_batches_per_pass": st.sampled_from([1, 2, 4, 8, 16]),
 }
 PLAIN = {
     "checkpointed_layers": None,
@@ -31,6 +32,7 @@ PLAIN = {
     "embedding_on_host": False,
     "streamed_layers": 0,
     "cache_image_features": False,
+    "micro_batches_per_pass": 1,
 }
 
 

@@ -19,8 +19,11 @@ from torch import Tensor
 from eightgig import registry
 from eightgig.app.training import train
 from eightgig.config import MixedPrecision, TrainingConfig
+from eightgig.memory import layer_inputs
 from eightgig.memory.checkpointing import checkpoint_layers
+from eightgig.memory.layer_inputs import offload_layer_inputs
 from eightgig.memory.packed_layers import block_bytes, layer_places
+from eightgig.memory.row_groups import compute_in_groups
 from eightgig.models.adapters import attach_adapters
 from eightgig.models.load import LoadedModel, load_model
 from eightgig.models.precision import choose_precision
@@ -118,6 +121,31 @@ def test_fp32_losses_and_gradients_are_those_of_resident_weights(
     losses, gradient = _gradient(ours)
     assert losses == pytest.approx(expected_losses, rel=FP32_TOLERANCE)
     assert max(_error(gradient, expected).values()) < FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("group_rows", [1, 3])
+@pytest.mark.parametrize(("copies", "layers"), [(True, False), (False, True)])
+def test_rows_in_groups_wait_for_weights_that_come_once(
+    folder: Path, copies: bool, layers: bool, group_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four rows in one pass, their layer inputs on the host, beside four passes of one row."""
+    monkeypatch.setattr(layer_inputs, "MIN_OFFLOADED_BYTES", 1)
+    one_by_one = _loaded(folder, "fp32")
+    inputs = {name: value.to(CUDA) for name, value in tiny_inputs(one_by_one, num_images=4).items()}
+    for row in range(4):
+        (text_loss(one_by_one, {name: value[row : row + 1] for name, value in inputs.items()}) / 4).backward()
+    expected = gradients(one_by_one.model)
+    ours = _loaded(folder, "fp32", streamed_layers=NUM_STREAMED)
+    decoder_layers = ours.spec.family.decoder_layers(ours.model)
+    offload_layer_inputs(decoder_layers)
+    compute_in_groups(decoder_layers, group_rows, row_dimensions=ours.spec.family.layer_row_dimensions)
+    _slow_and_poisoned(ours, copies=copies, layers=layers)
+    for _ in range(2):
+        ours.model.zero_grad()
+        before = ours.streamed.moved_bytes
+        text_loss(ours, inputs).backward()
+        assert max(_error(gradients(ours.model), expected).values()) < FP32_TOLERANCE
+    assert ours.streamed.moved_bytes - before == 2 * (NUM_STREAMED - 2) * ours.streamed.host_bytes // NUM_STREAMED
 
 
 def test_bf16_errs_no_more_than_without_streaming(folder: Path) -> None:

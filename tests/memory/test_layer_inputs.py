@@ -17,7 +17,7 @@ import tiny
 from eightgig.memory import layer_inputs
 from eightgig.memory.checkpointing import checkpoint_layers
 from eightgig.memory.host_copies import PIECE_BYTES, HostCopy, HostPieces, Transfers
-from eightgig.memory.layer_inputs import MIN_OFFLOADED_BYTES, offload_layer_inputs
+from eightgig.memory.layer_inputs import MIN_OFFLOADED_BYTES, LayerInputs, offload_layer_inputs
 from eightgig.models.load import LoadedModel
 from eightgig.step.build import checkpoint_as_configured, offload_as_configured
 from lever_numerics import Outcome, assert_as_exact_in_bf16, assert_close, outcome_of, randomise_lora_b
@@ -272,3 +272,35 @@ def test_memory_that_cannot_be_pinned_is_ordinary_and_this_is_said_once(
     assert not host.is_pinned
     assert len(caplog.records) == 1
     assert "no more than 0 MiB of the host's memory could be pinned (CUDA error: out of memory)" in caplog.text
+
+
+def test_with_rows_in_groups_the_input_of_the_group_before_comes_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each layer; the first one's last group follows no group of the pass before, whose graph is gone."""
+    monkeypatch.setattr(layer_inputs, "MIN_OFFLOADED_BYTES", 1)
+    transfers = Transfers()
+    names: dict[int, str] = {}
+    begun: list[str] = []
+    send, fetch = transfers.send, transfers.fetch
+
+    def named(tensor: Tensor) -> HostCopy:
+        copy = send(tensor)
+        names[id(copy)] = f"layer {int(tensor[0]) // 2} group {int(tensor[0]) % 2}"
+        return copy
+
+    monkeypatch.setattr(transfers, "send", named)
+    monkeypatch.setattr(transfers, "fetch", lambda copy: (begun.append(names[id(copy)]), fetch(copy))[1])
+    inputs = LayerInputs(transfers)
+    for _ in range(2):
+        begun.clear()
+        kept = [
+            inputs.keep(torch.full((3,), float(2 * layer + group)), is_first=layer == 0, is_last=layer == 2)
+            for layer in range(3)
+            for group in range(2)
+        ]
+        seen = []
+        while kept:
+            tensor = inputs.hand_back(kept.pop())
+            seen.append((int(tensor[0]), tuple(begun)))
+        wanted = ["layer 1 group 1", "layer 1 group 0", "layer 0 group 1", "layer 0 group 0"]
+        assert [place for place, _ in seen] == [5, 4, 3, 2, 1, 0]
+        assert [list(came) for _, came in seen] == [[], wanted[:1], wanted[:2], wanted[:3], wanted, wanted]

@@ -31,7 +31,7 @@ from eightgig.plan.fewer_checkpointed import CHECKPOINTED_LAYERS
 from eightgig.plan.levers import CHECKPOINTING, FEATURES, OFFLOAD, TILES
 from eightgig.plan.plan import Plan, plan
 from eightgig.plan.search import BATCH, search
-from eightgig.plan.workload import largest_workload
+from eightgig.plan.workload import LargestWorkloads, largest_workload
 from eightgig.registry import ModelSpec
 from eightgig.registry.gpus import GpuFacts, get_gpu
 
@@ -112,7 +112,7 @@ def fits(made_up: MadeUp, changes: Mapping[str, Any]) -> bool:
 
 
 PINNED = {"embedding_on_host": False, "offload_layer_inputs": False, "cache_image_features": False}
-PINNED |= {"mlp_tile_tokens": None, "streamed_layers": 0}
+PINNED |= {"mlp_tile_tokens": None, "streamed_layers": 0, "micro_batches_per_pass": 1}
 
 
 @given(st.data())
@@ -240,7 +240,7 @@ def card_of(vram_bytes: int) -> GpuFacts:
 
 
 def chosen_plan(config: TrainingConfig, spec: ModelSpec, vram_bytes: int) -> Plan:
-    return plan_with_levers(config, spec, card_of(vram_bytes), reserve_bytes=0, workload=largest_workload(config, spec))
+    return plan_with_levers(config, spec, card_of(vram_bytes), reserve_bytes=0, workload_of=LargestWorkloads(spec))
 
 
 def plain_plan(config: TrainingConfig, spec: ModelSpec, vram_bytes: int) -> Plan:

@@ -135,6 +135,54 @@ def test_a_full_size_model(model: str) -> None:
     assert_equal_traces(config, registry.get(model))
 
 
+@pytest.mark.parametrize("hardware", [{"offload_layer_inputs": True}, {"gradient_checkpointing": False}])
+def test_rows_in_groups(hardware: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal costs. autograd adds up the groups' gradients before it adds them to what a parameter has: until a layer is
+    done it holds its gradients twice, and under a dispatch mode a third time, as it then adds nothing in place."""
+    monkeypatch.setattr(layer_inputs, "MIN_OFFLOADED_BYTES", 1)
+    config = with_levers(tmp_path / "model", **hardware)
+    together = config.hardware.model_copy(update={"micro_batches_per_pass": 3})
+    training = config.training.model_copy(update={"gradient_accumulation_steps": 6})
+    config = config.model_copy(update={"hardware": together, "training": training})
+    spec = resolve(config.model.name)
+    work = largest_workload(config, spec)
+    remembered, whole = (
+        simulate(config, spec, work, BF16, (9, 0), remembers_layers=remembers) for remembers in (True, False)
+    )
+    assert remembered.micro_batch_costs == whole.micro_batch_costs
+    assert remembered.update_costs == whole.update_costs
+    layer_gradients_bytes = 4 * config.training.lora.rank * (4 * (64 + 64) + 3 * (64 + 128))
+    for ours, exact in zip(remembered.trace.live_bytes(), whole.trace.live_bytes(), strict=True):
+        assert ours[0] == exact[0]
+        assert ours[1] == pytest.approx(exact[1], abs=2 * layer_gradients_bytes)
+
+
+def test_groups_that_differ_in_what_they_are_given(layers_that_share_keys: Path) -> None:
+    """Rows of Gemma 4: masks have other contents in each group, and shared keys are put together and divided."""
+    config = TrainingConfig.model_validate(
+        {
+            "model": {"name": str(layers_that_share_keys)},
+            "data": {"max_length": 40},
+            "training": {"gradient_accumulation_steps": 2},
+            "validation": {"num_generated": 0},
+            "hardware": {"micro_batches_per_pass": 2},
+        }
+    )
+    spec = resolve(config.model.name)
+    work = largest_workload(config, spec)
+    inputs = dict(work.batch.model_inputs)
+    inputs["attention_mask"] = inputs["attention_mask"].clone()
+    inputs["attention_mask"][1, -7:] = 0
+    work = dataclasses.replace(work, batch=dataclasses.replace(work.batch, model_inputs=inputs))
+    remembered, whole = (
+        simulate(config, spec, work, BF16, (9, 0), remembers_layers=remembers) for remembers in (True, False)
+    )
+    assert remembered.micro_batch_costs == whole.micro_batch_costs
+    for ours, exact in zip(remembered.trace.live_bytes(), whole.trace.live_bytes(), strict=True):
+        assert ours[0] == exact[0]
+        assert ours[1] == pytest.approx(exact[1], rel=0.01)
+
+
 @pytest.fixture
 def layers_that_share_keys(tmp_path: Path) -> Path:
     """A tiny Gemma 4 of twelve layers: the first half keeps its keys and values, the second takes those of two."""

@@ -35,6 +35,7 @@ from eightgig.step.build import (
     build_step,
     checkpoint_as_configured,
     fuse_lora_as_configured,
+    group_rows_as_configured,
     offload_as_configured,
     tile_as_configured,
 )
@@ -80,6 +81,7 @@ def real_trace(config: TrainingConfig, spec: ModelSpec) -> MemoryTrace:
     trace = MemoryTrace()
     recorder = Recorder(trace, CudaRules(CARD))
     offload_as_configured(config, spec, loaded.model, HostTransfers(recorder))
+    group_rows_as_configured(config, spec, loaded.model)
     with recorder:
         recorder._note([*loaded.model.parameters(), *loaded.model.buffers()])  # else a view of one would count as new
         # The simulated run has its workspaces from validation.
@@ -229,6 +231,25 @@ def test_a_shared_row_of_other_families_takes_what_a_real_one_takes(name: str, t
         }
     )
     spec = resolve(config.model.name)
+    assert simulated_growth(config) == growth_of_training(real_trace(config, spec))
+
+
+@pytest.mark.parametrize(
+    "hardware",
+    [
+        {},
+        {"gradient_checkpointing": False},
+        {"streamed_layers": 4, "offload_layer_inputs": True, "checkpointed_layers": 4, "mlp_tile_tokens": 20},
+    ],
+)
+@pytest.mark.usefixtures("every_size")
+def test_micro_batches_that_share_a_pass_take_what_real_ones_take(hardware: dict[str, Any], tmp_path: Path) -> None:
+    config = settings_of(tmp_path / "model", **hardware)
+    training = config.training.model_copy(update={"batch_size": 2, "gradient_accumulation_steps": 4})
+    together = config.hardware.model_copy(update={"micro_batches_per_pass": 4})
+    config = config.model_copy(update={"training": training, "hardware": together})
+    spec = resolve(config.model.name)
+    assert len(largest_workload(config, spec).samples) == 8
     assert simulated_growth(config) == growth_of_training(real_trace(config, spec))
 
 

@@ -12,6 +12,7 @@ from eightgig.config import MixedPrecision, TrainingConfig
 from eightgig.core.errors import ConfigError, EnvironmentProblem
 from eightgig.models.precision import DTYPES, Precision
 from eightgig.step.build import build_compute
+from eightgig.train import setup
 from eightgig.train.setup import Place, choose_place
 
 QLORA: dict[str, Any] = {}
@@ -48,6 +49,18 @@ def test_micro_batches_must_be_shared_evenly(
     else:
         with pytest.raises(ConfigError, match=f"a multiple of the {num_processes} processes"):
             choose_place(config)
+
+
+def test_processes_share_passes_that_several_micro_batches_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes, eight micro-batches, four of them a pass: a pass each. Eight a pass would leave one with none."""
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
+    configs = [_config({"gradient_accumulation_steps": 8}, micro_batches_per_pass=count) for count in (4, 8, "auto")]
+    assert choose_place(configs[0]).accelerator.num_processes == 2
+    with pytest.raises(ConfigError, match=r"the 2 processes, .* times hardware\.micro_batches_per_pass = 8"):
+        choose_place(configs[1])
+    left_to_the_plan = [setup._for_processes(configs[2], count).hardware.micro_batches_per_pass for count in (1, 2)]
+    assert left_to_the_plan == ["auto", 1]
+    assert setup._for_processes(configs[0], 2) == configs[0]
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ class UserData:
     def __init__(self, settings: DataConfig) -> None:
         folder = Path(tempfile.gettempdir()) / f"eightgig-plan-{uuid.uuid4().hex[:8]}"
         self.read = read_data(settings, Quarantine(folder / "quarantine.jsonl"))
-        self._workloads: dict[int, DataWorkloads] = {}
+        self._workloads: dict[tuple[int, int], DataWorkloads] = {}
 
     @classmethod
     def of(cls, config: TrainingConfig) -> UserData | None:
@@ -75,15 +75,15 @@ class UserData:
         return None if config.data.data_path is None else cls(config.data)
 
     def workloads(self, config: TrainingConfig, spec: ModelSpec) -> DataWorkloads:
-        """The micro-batches that it makes; `config` and `spec` are the same in each call but for method and batch."""
+        """The micro-batches that it makes; `config` and `spec` are the same in each call but for method and batches."""
         from eightgig.plan.data_workload import data_workloads
 
-        batch_size = config.training.batch_size
-        if batch_size not in self._workloads:
-            self._workloads[batch_size] = data_workloads(config, spec, self.read)
+        size = (config.training.batch_size, config.samples_per_pass)
+        if size not in self._workloads:
+            self._workloads[size] = data_workloads(config, spec, self.read)
             if not len(self.read.quarantine):
                 shutil.rmtree(self.read.quarantine.path.parent, ignore_errors=True)
-        return self._workloads[batch_size]
+        return self._workloads[size]
 
 
 def plan_run(

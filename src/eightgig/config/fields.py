@@ -94,6 +94,7 @@ CountOrZero = Annotated[int, Strict(), Field(ge=0)]
 StreamedLayers = Annotated[CountOrZero, AfterValidator(_check_streamed)]
 AutoFlag = Annotated[Flag | Literal["auto"], _or_auto(Flag)]
 AutoCount = Annotated[Count | Literal["auto"] | None, _or_auto(Count | None)]
+AutoNumber = Annotated[Count | Literal["auto"], _or_auto(Count)]
 AutoStreamedLayers = Annotated[StreamedLayers | Literal["auto"], _or_auto(StreamedLayers)]
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**63)]  # as wide as what `core.seeds` derives
 Rank = Annotated[int, Strict(), Field(ge=1, le=1024)]

@@ -22,6 +22,7 @@ class Levers:
     embedding_on_host: bool = False
     streamed_layers: int = 0
     cache_image_features: bool = False
+    micro_batches_per_pass: int = 1
 
     @classmethod
     def of(cls, hardware: HardwareConfig) -> Levers:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import PydanticCustomError
 
 from eightgig.config.clash import Clash
-from eightgig.config.enums import OptimizerName, TrainingMethod
+from eightgig.config.enums import Batching, OptimizerName, TrainingMethod
 from eightgig.config.preset_cards import PRESET_CARDS
 from eightgig.config.values import shown
 
@@ -38,6 +38,8 @@ def contradictions(config: TrainingConfig) -> list[Clash]:
         *_without_gpu(config),
         *_without_checkpointing(config),
         *_without_tiles(config),
+        *_in_uneven_passes(config),
+        *_in_shared_rows(config),
         *_trained_on_host(config),
         *_tower_alone_in_4bit(config),
     ]
@@ -123,6 +125,36 @@ def _without_tiles(config: TrainingConfig) -> list[Clash]:
             value=True,
             allowed="false with hardware.mlp_tile_tokens = null: it says how many tokens a tile has",
             other="hardware.mlp_tile_tokens",
+        )
+    ]
+
+
+def _in_shared_rows(config: TrainingConfig) -> list[Clash]:
+    """Several micro-batches in a pass of one row."""
+    together = config.hardware.levers.micro_batches_per_pass
+    if config.training.batching is not Batching.PACKED or together == 1:
+        return []
+    return [
+        Clash(
+            path=("hardware", "micro_batches_per_pass"),
+            value=together,
+            allowed="1 where samples share rows: a pass takes one row, which can't be divided",
+            other="training.batching",
+        )
+    ]
+
+
+def _in_uneven_passes(config: TrainingConfig) -> list[Clash]:
+    """Passes that would not hold as many micro-batches each."""
+    accumulation, together = config.training.gradient_accumulation_steps, config.hardware.levers.micro_batches_per_pass
+    if accumulation % together == 0:
+        return []
+    return [
+        Clash(
+            path=("hardware", "micro_batches_per_pass"),
+            value=together,
+            allowed=f"a divisor of training.gradient_accumulation_steps = {accumulation}: every pass takes as many",
+            other="training.gradient_accumulation_steps",
         )
     ]
 

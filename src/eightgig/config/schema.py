@@ -19,6 +19,7 @@ from eightgig.config.enums import Batching, MixedPrecision, OptimizerName, Train
 from eightgig.config.fields import (
     AutoCount,
     AutoFlag,
+    AutoNumber,
     AutoStreamedLayers,
     Count,
     CountOrZero,
@@ -191,6 +192,11 @@ class HardwareConfig(Section):
         description="compute adapters that share an input together, in the type of hardware.mixed_precision instead of "
         "fp32; not in fp16, nor with training.lora.dropout",
     )
+    micro_batches_per_pass: AutoNumber = Field(
+        AUTO,
+        description="micro-batches that go through a layer one after another while its weights are on the GPU; "
+        "auto = more than one where streamed weights are waited for",
+    )
     cap_gib: PositiveNumber | None = Field(
         None, description="limit of what PyTorch may reserve on the GPU, in GiB; null = the whole card"
     )
@@ -246,6 +252,16 @@ class TrainingConfig(Section):
     checkpoints: CheckpointConfig = Field(default_factory=CheckpointConfig, description="what is kept on disk")
     output_dir: FilePath = Field(Path("runs"), description="folder in which each run gets a folder of its own")
     seed: Seed = Field(42, description="of everything random: shuffling, hold-out, adapters, dropout")
+
+    @property
+    def samples_per_pass(self) -> int:
+        """Samples that go through the model together, forward and backward: of one micro-batch, or of several."""
+        return self.training.batch_size * self.hardware.levers.micro_batches_per_pass
+
+    @property
+    def passes_per_step(self) -> int:
+        """Forward and backward passes of the model in an optimizer step."""
+        return self.training.gradient_accumulation_steps // self.hardware.levers.micro_batches_per_pass
 
     @field_validator("schema_version")
     @classmethod

@@ -28,13 +28,15 @@ class _Kept:
     Attributes:
         tensor: where it lies on the device, None while it doesn't.
         copy: the one on the host; None where it never left.
-        before: the input of the layer before, which is needed next.
+        before: the one that is needed next: of the layer before, or of the group of rows before in the same layer.
+        is_first: whether its layer is the first.
     """
 
-    def __init__(self, before: weakref.ref[_Kept] | None) -> None:
+    def __init__(self, before: weakref.ref[_Kept] | None, *, is_first: bool) -> None:
         self.tensor: Tensor | None = None
         self.copy: HostCopy | None = None
         self.before = before
+        self.is_first = is_first
 
 
 class LayerInputs:
@@ -49,7 +51,9 @@ class LayerInputs:
     def keep(self, tensor: Tensor, *, is_first: bool, is_last: bool) -> _Kept:
         """Take the input of a layer, which begins to compute; `is_first` and `is_last` of the checkpointed ones."""
         self._let_go()
-        kept = _Kept(None if is_first else self._last)
+        last = None if self._last is None else self._last()
+        is_of_another_pass = is_first and not (last is not None and last.is_first)  # else another group of its rows
+        kept = _Kept(None if is_of_another_pass else self._last, is_first=is_first)
         self._last = weakref.ref(kept)
         is_small = tensor.numel() * tensor.element_size() < MIN_OFFLOADED_BYTES
         if is_last or is_small or not tensor.is_contiguous():

@@ -47,19 +47,21 @@ class SimulatedFeatures:
         for block in blocks:
             recorder.ledger.free(block)
 
-    @property
-    def num_bytes(self) -> int:
-        """What the features of the micro-batch's images take."""
-        return self._features.numel() * self._features.element_size()
+    def num_bytes(self, batch: MicroBatch) -> int:
+        """What the features of the images of `batch` take."""
+        pixels = batch.model_inputs.get(PIXELS)
+        return 0 if pixels is None else self._rows(pixels) * self._features[0].numel() * self._features.element_size()
 
     def fed(self, batch: MicroBatch) -> MicroBatch:
         """`batch` with features in place of pixels, on the host; one without an image as it is."""
         pixels = batch.model_inputs.get(PIXELS)
         if pixels is None:
             return batch
-        num_rows = rows_of_features(len(self._features), self._num_pixel_rows, len(pixels))
-        features = _on_host(self._features, num_rows, self._recorder)
+        features = _on_host(self._features, self._rows(pixels), self._recorder)
         return replace(batch, model_inputs={**batch.model_inputs, PIXELS: features})
+
+    def _rows(self, pixels: Tensor) -> int:
+        return rows_of_features(len(self._features), self._num_pixel_rows, len(pixels))
 
 
 def _on_host(like: Tensor, num_rows: int, recorder: Recorder) -> Tensor:

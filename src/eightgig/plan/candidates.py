@@ -62,7 +62,7 @@ class Candidates:
         self._workload_of = workload_of
         self._validates = False
         self._known: dict[tuple[tuple[str, Any], ...], Candidate | None] = {}
-        self._spec = spec
+        self.spec = spec
         self._simulators: dict[str, Simulator] = {}
         self._simulator_of(config, workload_of(config))
 
@@ -117,7 +117,7 @@ class Candidates:
         stored = config.training.quantization.model_dump_json()
         if stored not in self._simulators:
             precision = planned_precision(config, self.gpu)
-            self._simulators[stored] = Simulator(config, self._spec, work.processor, precision, capability_of(self.gpu))
+            self._simulators[stored] = Simulator(config, self.spec, work.processor, precision, capability_of(self.gpu))
         return self._simulators[stored]
 
 

@@ -9,15 +9,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from eightgig.config.fields import MIN_STREAMED_LAYERS
 from eightgig.config.levers import LEVER_NAMES, automatic_paths
-from eightgig.core.errors import UnsupportedModel
 from eightgig.models.host_weights import EMBEDDING, STREAMED
-from eightgig.plan.candidates import Candidate, Candidates, Changes
-from eightgig.plan.fewer_checkpointed import fewer_checkpointed, smallest_fit
+from eightgig.plan.candidates import Candidate, Candidates, Changes, WorkloadOf
+from eightgig.plan.fewer_checkpointed import fewer_checkpointed
+from eightgig.plan.fewest_streamed import fewest_streamed, fits, tried
 from eightgig.plan.levers import FEATURES, OFFLOAD, TILES, levers_of
 from eightgig.plan.plan import Plan, card_rates, told
-from eightgig.plan.workload import Workload
+from eightgig.plan.shared_passes import shared_passes
 
 if TYPE_CHECKING:
     from eightgig.config import TrainingConfig
@@ -47,7 +46,7 @@ class _Priced:
 
 
 def plan_with_levers(
-    config: TrainingConfig, spec: ModelSpec, gpu: GpuFacts, *, reserve_bytes: int, workload: Workload
+    config: TrainingConfig, spec: ModelSpec, gpu: GpuFacts, *, reserve_bytes: int, workload_of: WorkloadOf
 ) -> Plan:
     """The plan of `config` on `gpu` with the levers that were chosen for what `config` leaves to the plan.
 
@@ -58,14 +57,14 @@ def plan_with_levers(
         spec: its model.
         gpu: the card.
         reserve_bytes: of the card's memory, kept free for its other users.
-        workload: what each micro-batch holds.
+        workload_of: makes the pass of some settings.
 
     Raises:
         ConfigError: the model does not go with `config`.
         UnsupportedModel: the model can't be planned.
     """
     budget_bytes = gpu.vram_bytes - reserve_bytes
-    candidates = Candidates(config, spec, gpu, budget_bytes, lambda _: workload, card_rates(gpu)).with_validation()
+    candidates = Candidates(config, spec, gpu, budget_bytes, workload_of, card_rates(gpu)).with_validation()
     given = candidates.given()
     levers = fitting_levers(candidates, {})
     found = candidates.get(levers) if levers else given
@@ -75,13 +74,20 @@ def plan_with_levers(
 
 
 def fitting_levers(candidates: Candidates, base: Changes) -> dict[str, Any] | None:
-    """`needed_levers`, and with what memory they leave as few checkpointed layers as fit.
+    """`needed_levers`, and with what memory they leave as few checkpointed layers as fit; then shared passes, where
+    streamed weights are waited for.
 
     With streamed layers every layer stays checkpointed: so few are streamed that nothing is left.
     """
     needed = needed_levers(candidates, base)
-    if needed is None or STREAMED in needed:
-        return needed
+    if needed is None:
+        return None
+    return shared_passes(
+        candidates, base, needed if STREAMED in needed else _with_whole_layers(candidates, base, needed)
+    )
+
+
+def _with_whole_layers(candidates: Candidates, base: Changes, needed: dict[str, Any]) -> dict[str, Any]:
     changes = {**base, **needed}
     found = candidates.get(changes)
     assert found is not None
@@ -107,7 +113,7 @@ def needed_levers(candidates: Candidates, base: Changes) -> dict[str, Any] | Non
     light = _light(candidates, base, found)
     together = _merged(light)
     chosen: dict[str, Any] | None
-    if _fits(candidates, {**base, **together}):
+    if fits(candidates, {**base, **together}):
         chosen = _in_order_of_price(candidates, base, found, light)
     elif STREAMED in automatic_paths(candidates.config):
         chosen = _with_streaming(candidates, base, together)
@@ -119,10 +125,10 @@ def needed_levers(candidates: Candidates, base: Changes) -> dict[str, Any] | Non
 def can_fit(candidates: Candidates, base: Changes) -> bool:
     """Whether the variant with `base` fits with every lever that is left to the plan."""
     changes = {**base, **every_lever(candidates, base)}
-    if _fits(candidates, changes):
+    if fits(candidates, changes):
         return True
     streams = STREAMED in automatic_paths(candidates.config)
-    return streams and _fits(candidates, {**changes, STREAMED: candidates.num_decoder_layers})
+    return streams and fits(candidates, {**changes, STREAMED: candidates.num_decoder_layers})
 
 
 def every_lever(candidates: Candidates, base: Changes) -> dict[str, Any]:
@@ -140,11 +146,12 @@ def _light(candidates: Candidates, base: Changes, found: Candidate) -> list[Chan
     """Levers but streaming that are left to the plan and that the model, the method and the data allow."""
     automatic = automatic_paths(candidates.config)
     batch = found.work.batch
+    num_tokens = batch.num_tokens // found.config.hardware.levers.micro_batches_per_pass  # that a layer takes at once
     options: list[tuple[Changes, bool]] = [
         ({EMBEDDING: True}, True),
         ({OFFLOAD: True}, True),
         ({FEATURES: True}, bool(batch.num_images)),
-        ({TILES: TILE_TOKENS}, batch.num_tokens > TILE_TOKENS),
+        ({TILES: TILE_TOKENS}, num_tokens > TILE_TOKENS),
     ]
     wanted = [changes for changes, has_use in options if has_use and automatic.issuperset(changes)]
     if tried(candidates, {**base, **_merged(wanted)}) is not None:
@@ -157,7 +164,7 @@ def _in_order_of_price(candidates: Candidates, base: Changes, found: Candidate, 
     chosen: dict[str, Any] = {}
     for lever in sorted(_priced(candidates, base, found, light), key=lambda each: (each.price, -each.saves_bytes)):
         chosen |= lever.changes
-        if _fits(candidates, {**base, **chosen}):
+        if fits(candidates, {**base, **chosen}):
             break
     return chosen
 
@@ -186,30 +193,12 @@ def _with_streaming(candidates: Candidates, base: Changes, together: Changes) ->
     return min(options, key=lambda levers: _step_s(candidates, {**base, **levers}), default=None)
 
 
-def fewest_streamed(candidates: Candidates, changes: Changes) -> int | None:
-    """The fewest streamed layers with which the variant with `changes` fits, None where all of them don't suffice.
-
-    Each one more than two takes as much less of the card as the one before, as long as the decoder decides the peak;
-    so two simulations tell about where to look, and two more are the rule. No fewer than the user asked for are tried.
-    """
-    most = candidates.num_decoder_layers
-    less = max(MIN_STREAMED_LAYERS - 1, candidates.config.hardware.levers.streamed_layers)
-    none, everything = candidates.get(changes), tried(candidates, {**changes, STREAMED: most})
-    if less >= most or everything is None or not everything.fits:
-        return None
-    guess = most - less
-    if none is not None and none.device_bytes > everything.device_bytes:
-        spare_bytes = candidates.budget_bytes - everything.device_bytes
-        guess -= round(guess * spare_bytes / (none.device_bytes - everything.device_bytes))
-    return less + smallest_fit(most - less, guess, lambda n: _fits(candidates, {**changes, STREAMED: less + n}))
-
-
 def _without_the_needless(candidates: Candidates, base: Changes, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """`chosen` less what the variant fits without, the dearest first."""
     kept = dict(chosen)
     for path in reversed(list(chosen)):
         fewer = {other: value for other, value in kept.items() if other != path}
-        if _fits(candidates, {**base, **fewer}):
+        if fits(candidates, {**base, **fewer}):
             kept = fewer
     return kept
 
@@ -218,19 +207,6 @@ def _merged(levers: list[Changes]) -> dict[str, Any]:
     return {path: value for lever in levers for path, value in lever.items()}
 
 
-def _fits(candidates: Candidates, changes: Changes) -> bool:
-    found = tried(candidates, changes)
-    return found is not None and bool(found.fits)
-
-
 def _step_s(candidates: Candidates, changes: Changes) -> float:
     found = candidates.get(changes)
     return 0.0 if found is None or found.time is None else found.time.step_s
-
-
-def tried(candidates: Candidates, changes: Changes) -> Candidate | None:
-    """The variant with `changes`; None where the model does not go with them."""
-    try:
-        return candidates.get(changes)
-    except UnsupportedModel:  # of its own: without any change it was planned
-        return None

@@ -122,7 +122,7 @@ def data_workloads(config: TrainingConfig, spec: ModelSpec, read: ReadData) -> D
     train, num_train, num_validation = _split(read, even, config)
 
     def batch_of(ordered: Sequence[MeasuredSample]) -> Workload:
-        return workload_of(_sound(ordered, config.training.batch_size), encoder, processor, config)
+        return workload_of(_sound(ordered, config.samples_per_pass), encoder, processor, config)
 
     everything = [*itertools.chain(*even), *longest]
     largest = _largest(everything, batch_of)
@@ -236,19 +236,17 @@ def _largest(
 
 def _order(samples: Sequence[MeasuredSample], config: TrainingConfig) -> StepOrder:
     """The order in which training would take `samples`."""
-    training = config.training
     return StepOrder(
         len(samples),
-        training.batch_size,
-        training.gradient_accumulation_steps,
+        config.samples_per_pass,
+        config.passes_per_step,
         config.seed,
         _grouping(samples, config),
     )
 
 
 def _grouping(samples: Sequence[MeasuredSample], config: TrainingConfig) -> Grouping:
-    training = config.training
-    return Grouping(training.batching, training.batch_size, [item.num_tokens for item in samples])
+    return Grouping(config.training.batching, config.samples_per_pass, [item.num_tokens for item in samples])
 
 
 def _usual_row(samples: Sequence[MeasuredSample], order: StepOrder, plain: Workload) -> Workload:

@@ -46,7 +46,7 @@ def fewer_checkpointed(
     options = [(changes, found) for changes, found in fitting if _checkpoints_all(found)]
     if CHECKPOINTED_LAYERS in fixed or not options or num_layers < 2:
         return
-    smallest, all_of_it = min(options, key=lambda option: option[1].config.training.batch_size)
+    smallest, all_of_it = min(options, key=lambda option: option[1].config.samples_per_pass)
     if without is not None and without.work is all_of_it.work:
         whole = _whole_layer(all_of_it, without, num_layers, num_checkpointed=0)
     else:
@@ -108,9 +108,9 @@ def _whole_layer(all_of_it: Candidate, few: Candidate, num_layers: int, *, num_c
     """
     more_bytes = few.result.peak_reserved_bytes - all_of_it.result.peak_reserved_bytes
     less_s = 0.0 if few.time is None or all_of_it.time is None else all_of_it.time.step_s - few.time.step_s
-    batch_size = all_of_it.config.training.batch_size
+    num_samples = all_of_it.config.samples_per_pass
     num_whole = num_layers - num_checkpointed
-    return _Whole(max(more_bytes, 0) / max(num_whole - 1, 1) / batch_size, less_s / num_whole)
+    return _Whole(max(more_bytes, 0) / max(num_whole - 1, 1) / num_samples, less_s / num_whole)
 
 
 def _num_whole(found: Candidate, budget_bytes: int, whole: _Whole, num_layers: int) -> int:
@@ -118,6 +118,6 @@ def _num_whole(found: Candidate, budget_bytes: int, whole: _Whole, num_layers: i
     limit_bytes = reserved_limit_bytes(found.config, budget_bytes)
     assert limit_bytes is not None
     spare_bytes = limit_bytes - found.result.peak_reserved_bytes
-    layer_bytes = whole.sample_bytes * found.config.training.batch_size
+    layer_bytes = whole.sample_bytes * found.config.samples_per_pass
     fitting = num_layers - 1 if not layer_bytes else 1 + int(spare_bytes / layer_bytes)
     return min(fitting, num_layers - 1)

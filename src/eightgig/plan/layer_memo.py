@@ -4,6 +4,7 @@ A model has dozens of layers that allocate the same blocks in the same order. Th
 tensors of its own, forward and backward, and what it allocates goes on a tape; this call and all like it write the tape
 into the run's trace. What is outside of the layers (embeddings, head, optimizer) runs as ever, with the parameters and
 gradients of all layers, so that the trace is the same as without tapes, event by event (tests/plan/test_layer_memo.py).
+Where rows go through a layer in groups, all but the gradients of the layer at work is: autograd adds these up first.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,12 +44,16 @@ class LayerMemo:
         self._recordings: dict[Any, LayerRecording | None] = {}  # None: it can't be recorded
         self._is_recording = False
 
-    def wrap(self, model: nn.Module) -> None:
-        """Wrap the forward of each layer in a list of like ones, on that instance."""
-        for layer in _repeated_layers(model):
-            layer.forward = self._remembered(layer, layer.forward)
+    def wrap(self, model: nn.Module, *, in_groups: bool = False) -> None:
+        """Wrap the forward of each layer in a list of like ones, on that instance.
 
-    def _remembered(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        With `in_groups` a layer is called several times before its first backward pass (`memory.row_groups`): the later
+        ones of these find gradients that were not there in their forward passes.
+        """
+        for layer in _repeated_layers(model):
+            layer.forward = self._remembered(layer, layer.forward, in_groups)
+
+    def _remembered(self, layer: nn.Module, forward: Callable[..., Any], in_groups: bool) -> Callable[..., Any]:
         parameters = dict(layer.named_parameters())
         code = forward_signature(forward)
 
@@ -64,10 +70,14 @@ class LayerMemo:
                 return self._untaped(forward, args, kwargs)
             if key not in self._recordings:
                 self._recordings[key] = self._record(layer, forward, args, kwargs)
-            recording = self._recordings[key]
-            if recording is None:
+            if self._recordings[key] is None:
                 return self._untaped(forward, args, kwargs)
-            return self._play(recording, parameters, leaves)
+            played = _Call(self._recordings, key, parameters)
+            if in_groups:
+                with played.gradients(self.recorder):
+                    if played.key() not in self._recordings:
+                        self._recordings[played.key()] = self._record(layer, forward, args, kwargs)
+            return self._play(played, leaves)
 
         return wrapped
 
@@ -93,13 +103,13 @@ class LayerMemo:
         finally:
             self._is_recording = False
 
-    def _play(self, recording: LayerRecording, parameters: Mapping[str, nn.Parameter], leaves: Sequence[Any]) -> Any:
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    def _play(self, call: _Call, leaves: Sequence[Any]) -> Any:
+        tensors, recording = [leaf for leaf in leaves if isinstance(leaf, Tensor)], call.recording()
         if recording.has_backward:
             # Without a parameter among its inputs autograd would not know that a first layer learns.
-            anchor = next((parameter for parameter in parameters.values() if parameter.requires_grad), None)
+            anchor = next((parameter for parameter in call.parameters.values() if parameter.requires_grad), None)
             held = _Held.of(recording, tensors, self.recorder)
-            outputs = _PlayedLayer.apply(self.recorder, recording, parameters, held, anchor, *tensors)  # type: ignore[no-untyped-call]
+            outputs = _PlayedLayer.apply(self.recorder, call, held, anchor, *tensors)  # type: ignore[no-untyped-call]
         else:
             live: dict[int, int] = {}
             category = self.recorder.category if self.recorder.category != OTHER else LAYER_AT_WORK
@@ -108,6 +118,43 @@ class LayerMemo:
             outputs = tuple(_hand_out(self.recorder, recording.outputs, live))
             _free_all(self.recorder.ledger, live)
         return tree_unflatten(list(outputs), recording.output_structure)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a layer: what is known of it, which depends on the gradients that its parameters have by now.
+
+    In the backward pass these may be others than in the forward pass: where rows go through a layer in groups
+    (`memory.row_groups`), the first group back makes the gradients that the others are added to.
+    """
+
+    recordings: Mapping[Any, LayerRecording | None]
+    begun: tuple[Any, ...]
+    parameters: Mapping[str, nn.Parameter]
+
+    def key(self) -> tuple[Any, ...]:
+        """Under which it is recorded."""
+        (known, training, _), *rest = self.begun
+        return ((known, training, tuple(parameter.grad is not None for parameter in self.parameters.values())), *rest)
+
+    def recording(self) -> LayerRecording:
+        """What it does as things stand."""
+        recording = self.recordings[self.key()]
+        assert recording is not None  # where one can be recorded, so can the other
+        return recording
+
+    @contextlib.contextmanager
+    def gradients(self, recorder: Recorder) -> Iterator[None]:
+        """Inside, the parameters have the gradients that this call would make."""
+        made = self.recording().parameter_gradients
+        with recorder.paused():
+            for name, shape in made:
+                self.parameters[name].grad = make_tensor(shape)
+        try:
+            yield
+        finally:
+            for name, _ in made:
+                self.parameters[name].grad = None
 
 
 class _Held:
@@ -157,13 +204,13 @@ class _PlayedLayer(torch.autograd.Function):
     def forward(
         ctx: Any,
         recorder: Recorder,
-        recording: LayerRecording,
-        parameters: Mapping[str, nn.Parameter],
+        call: _Call,
         held: _Held,
         anchor: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.recorder, ctx.recording, ctx.parameters, ctx.held = recorder, recording, parameters, held
+        ctx.recorder, ctx.call, ctx.held = recorder, call, held
+        recording = call.recording()
         live: dict[int, int] = {}
         ctx.live = live
         play(recording.forward, _trace_of(recorder), live, _ignore)
@@ -178,7 +225,7 @@ class _PlayedLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        recorder, recording, live = ctx.recorder, ctx.recording, ctx.live
+        recorder, recording, live = ctx.recorder, ctx.call.recording(), ctx.live
         recorder.category = OTHER
         ctx.held.come_back()
         for block, shape, gradient in zip(recording.output_gradients, recording.outputs, gradients, strict=True):
@@ -189,14 +236,14 @@ class _PlayedLayer(torch.autograd.Function):
 
         play(recording.backward, _trace_of(recorder), live, ctx.held.let_go)
         _add(recorder.costs, recording.backward_costs)
-        parameters = ctx.parameters
+        parameters = ctx.call.parameters
         fresh = _hand_out(recorder, [shape for _, shape in recording.parameter_gradients], live)
         for (name, _), gradient in zip(recording.parameter_gradients, fresh, strict=True):
             parameters[name].grad = gradient
         places = [i for i, shape in enumerate(recording.input_gradients) if shape is not None]
         handed = _hand_out(recorder, [shape for shape in recording.input_gradients if shape is not None], live)
         by_place = dict(zip(places, handed, strict=True))
-        return None, None, None, None, None, *[by_place.get(i) for i in range(len(recording.inputs))]
+        return None, None, None, None, *[by_place.get(i) for i in range(len(recording.inputs))]
 
 
 def _is_hooked() -> bool:

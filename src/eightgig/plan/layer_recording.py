@@ -140,8 +140,8 @@ class _Session:
 
     def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> LayerRecording:
         recording, events = self.recording, self.tape.events
-        had_gradient = self._copy_gradients()
         outputs = self._forward(forward, args, kwargs)
+        had_gradient = self._copy_gradients()  # now, so that with and without gradients the forward pass is one tape
         recording.kept_inputs = [block for block in dict.fromkeys(recording.inputs) if self.tape.is_live(block)]
         if recording.has_backward:
             recording.input_gradients = [None] * len(recording.inputs)

@@ -15,12 +15,13 @@ from eightgig.plan.candidates import Candidate, Candidates
 from eightgig.plan.op_costs import BESIDE, OpCost
 from eightgig.plan.plan import Lever, allocator_settings, time_of
 
-CHECKPOINTING, CHECKPOINTED_LAYERS, OFFLOAD, TILES, FEATURES, CHUNK, OPTIMIZER = (
+CHECKPOINTING, CHECKPOINTED_LAYERS, OFFLOAD, TILES, FEATURES, TOGETHER, CHUNK, OPTIMIZER = (
     "hardware.gradient_checkpointing",
     "hardware.checkpointed_layers",
     "hardware.offload_layer_inputs",
     "hardware.mlp_tile_tokens",
     "hardware.cache_image_features",
+    "hardware.micro_batches_per_pass",
     "training.loss_chunk_tokens",
     "training.optimizer",
 )
@@ -37,7 +38,7 @@ def levers_of(
         candidates: makes the variants.
         changes: of one that can be had.
         among: paths; only levers that are one of these settings, and fewer checkpointed layers among them as a lever
-            of their own, which takes memory and saves time. None: all there are.
+            of their own, which takes memory and saves time. None: all but that.
     """
     found = candidates.get(changes)
     assert found is not None
@@ -51,6 +52,8 @@ def levers_of(
                 levers.append(replace(lever, reason=f"{note}{lever.reason}"))
     if among is not None and CHECKPOINTED_LAYERS in among:
         levers += _whole_layers(candidates, found, changes)
+    if among is None or TOGETHER in among:
+        levers += _shared_passes(candidates, found, changes)
     return tuple(sorted(levers, key=lambda lever: -lever.saves_bytes))
 
 
@@ -61,13 +64,24 @@ def _whole_layers(candidates: Candidates, found: Candidate, changes: Mapping[str
     all_of_them = candidates.get({**changes, CHECKPOINTED_LAYERS: None})
     if num_checkpointed is None or all_of_them is None:
         return
-    before_s, step_s = _step_s(all_of_them), _step_s(found)
-    yield Lever(
-        name=f"{num_checkpointed} of {num_layers} layers checkpointed",
-        saves_bytes=all_of_them.device_bytes - found.device_bytes,
-        costs_s=None if before_s is None or step_s is None else step_s - before_s,
-        reason="the card has room for the others as they are",
-    )
+    name = f"{num_checkpointed} of {num_layers} layers checkpointed"
+    yield _trade(found, all_of_them, name, "the card has room for the others as they are")
+
+
+def _shared_passes(candidates: Candidates, found: Candidate, changes: Mapping[str, Any]) -> Iterator[Lever]:
+    """Several micro-batches a pass, against one; none where it is one."""
+    count = found.config.hardware.levers.micro_batches_per_pass
+    one_by_one = candidates.get({**changes, TOGETHER: 1})
+    if count > 1 and one_by_one is not None:
+        reason = "the weights of streamed layers come once for all of them"
+        yield _trade(found, one_by_one, f"{count} micro-batches a pass", reason)
+
+
+def _trade(found: Candidate, without: Candidate, name: str, reason: str) -> Lever:
+    """A lever that takes memory and saves time, against the run `without` it."""
+    before_s, step_s = _step_s(without), _step_s(found)
+    costs_s = None if before_s is None or step_s is None else step_s - before_s
+    return Lever(name, without.device_bytes - found.device_bytes, costs_s, reason)
 
 
 def _settings(found: Candidate, num_layers: int) -> Iterator[tuple[str, dict[str, object], str]]:

@@ -89,13 +89,13 @@ class Plan:
         fits: None without a card.
         breakdown: bytes of each category at the peak; they add up to `peak.device_bytes`.
         phases: peak device bytes of loading, validation, training and saving.
-        workload: tokens, image tokens among them, of one planned micro-batch, and its samples.
+        workload: tokens, image tokens among them, of one planned pass, and its samples.
         config: the settings that were planned, with nothing left to a plan.
         levers: settings that save memory, and what each costs.
         alternatives: where the run does not fit: settings that would, the smallest change first.
         time: None where the card's rates are not known.
         host_bytes: of weights that are kept in host memory; what else a process takes there comes on top.
-        feature_bytes: on the disk, of the features of a micro-batch's images; 0 where none are kept.
+        feature_bytes: on the disk, of the features of a pass's images; 0 where none are kept.
     """
 
     model: str
@@ -137,7 +137,7 @@ def plan(
         spec: its model.
         gpu: the card; None plans without a limit.
         reserve_bytes: of the card's memory, kept free for its other users.
-        workload: what each micro-batch holds; None: the largest samples that the settings let through.
+        workload: what each pass holds; None: the largest samples that the settings let through.
         rates: of the card, where it was measured; None: estimated from its data sheet.
 
     Raises:
@@ -198,14 +198,14 @@ def card_rates(gpu: GpuFacts | None) -> CardRates | None:
 def time_of(
     simulation: Simulation, config: TrainingConfig, work: Workload, rates: CardRates | None
 ) -> PlannedTime | None:
-    """How long the simulated run takes, its micro-batches being those of `work`; None without `rates`."""
+    """How long the simulated run takes, its passes being those of `work`; None without `rates`."""
     if rates is None:
         return None
     return planned_time(
         simulation.micro_batch_costs,
         simulation.update_costs,
         rates,
-        num_micro_batches=work.num_micro_batches or config.training.gradient_accumulation_steps,
+        num_micro_batches=work.num_micro_batches or config.passes_per_step,
         num_tokens=work.batch.num_tokens,
     )
 

@@ -16,15 +16,15 @@ from eightgig.plan.chosen_levers import (
     TILE_TOKENS,
     can_fit,
     every_lever,
-    fewest_streamed,
     fitting_levers,
     needed_levers,
     pinned_levers,
-    tried,
 )
 from eightgig.plan.fewer_checkpointed import CHECKPOINTED_LAYERS, fewer_checkpointed
+from eightgig.plan.fewest_streamed import fewest_streamed, tried
 from eightgig.plan.levers import CHECKPOINTING, CHUNK, FEATURES, OFFLOAD, OPTIMIZER, TILES, levers_of
 from eightgig.plan.plan import Alternative, Plan, card_rates, told
+from eightgig.plan.shared_passes import shared_passes
 
 if TYPE_CHECKING:
     from eightgig.config import TrainingConfig
@@ -110,7 +110,9 @@ def _fastest(request: Request, candidates: Candidates) -> Plan:
     for changes, _ in sorted(fitting, key=lambda pair: _seconds(pair[1])):
         planned = _plan(request, whole, changes)
         if planned.fits:
-            return replace(planned, levers=levers_of(candidates, changes))
+            faster = shared_passes(whole, changes, {})  # layers may be streamed because the user wants it
+            planned = _plan(request, whole, {**changes, **faster}) if faster else planned
+            return replace(planned, levers=levers_of(candidates, {**changes, **faster}))
     smallest = _smallest(request)
     levers = fitting_levers(whole, smallest)
     if levers is not None:

@@ -44,6 +44,7 @@ from eightgig.step.build import (
     build_step,
     checkpoint_as_configured,
     fuse_lora_as_configured,
+    group_rows_as_configured,
     offload_as_configured,
     tile_as_configured,
 )
@@ -55,11 +56,12 @@ if TYPE_CHECKING:
 
 _ASKS_FOR_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
-MAX_MICRO_BATCHES = 2  # the first makes the gradients, the second finds them there, as all later ones do
+MAX_PASSES = 2  # the first makes the gradients, the second finds them there, as all later ones do
 
 OUTSIDE_LAYERS = {
     "training": {"batch_size", "gradient_accumulation_steps", "optimizer", "loss_chunk_tokens"},
-    "hardware": {"checkpointed_layers"},  # whether a layer is checkpointed is told by its code, which recordings know
+    # Whether a layer is checkpointed is told by its code, which recordings know.
+    "hardware": {"checkpointed_layers", "micro_batches_per_pass"},
 }
 """Settings that change nothing within a layer but the shapes of what it is given."""
 
@@ -72,10 +74,11 @@ class Simulation:
         trace: with the phases load, validate, train, validate and save; behind load features, where they are kept.
         weights_4bit_bytes: with their scales.
         num_4bit_parameters: how many weights are stored in 4 bits.
-        micro_batch_costs: forward and backward pass of one micro-batch, each kind of operation with how often it runs.
+        micro_batch_costs: one forward and backward pass, each kind of operation with how often it runs; of several
+            micro-batches where they share passes.
         update_costs: clipping and the optimizer.
         host_bytes: of weights that are kept in host memory.
-        feature_bytes: on the disk, of the features of a micro-batch's images; 0 where none are kept.
+        feature_bytes: on the disk, of the features of a pass's images; 0 where none are kept.
     """
 
     trace: MemoryTrace
@@ -126,7 +129,7 @@ class Simulator:
         return len(self._spec.family.decoder_layers(self._model))
 
     def run(self, config: TrainingConfig, work: Workload, *, validates: bool = True) -> Simulation:
-        """Simulate `config` with the batch of `work` as every micro-batch.
+        """Simulate `config` with the batch of `work` in every pass.
 
         `validates`: with all that stands around training: validation before and after it, and saving at the end.
 
@@ -185,17 +188,21 @@ class Simulator:
         tile_as_configured(config, spec, model)
         checkpoint_as_configured(config, spec, model)
         if self._memos is not None:
-            self._memos.setdefault(_layer_settings(config), LayerMemo(self._recorder)).wrap(model)
+            memo = self._memos.setdefault(_layer_settings(config), LayerMemo(self._recorder))
+            memo.wrap(model, in_groups=config.hardware.levers.micro_batches_per_pass > 1)
         offload_as_configured(config, spec, model, HostTransfers(self._recorder))
+        group_rows_as_configured(config, spec, model)
         compute = replace(build_compute(config, CUDA, self._precision), device=CPU)
         step = build_step(config, spec, model, compute, num_steps=NUM_STEPS, optimizer_device=CUDA)
         keep_paged_states_on_host(step.optimizer, self._recorder)
         if config.hardware.levers.cache_image_features and work.batch.num_images:
             with self._recorder:
                 trace.mark("features")
-                self._features = SimulatedFeatures(model, spec, work.batch, compute, self._recorder)
+                one = (work.validation or work).batch  # they are computed for one micro-batch at a time
+                images = one if one.num_images else work.batch
+                self._features = SimulatedFeatures(model, spec, images, compute, self._recorder)
         batch = self._on_host(work.batch)
-        num_micro_batches = min(config.training.gradient_accumulation_steps, MAX_MICRO_BATCHES)
+        num_passes = min(config.passes_per_step, MAX_PASSES)
         steps = SimulatedSteps(
             step,
             self._recorder,
@@ -208,15 +215,15 @@ class Simulator:
             if validates:
                 trace.mark("validate")
                 self._validate(work, compute)
-            passes, update = steps.run([batch] * num_micro_batches, batch.num_target_tokens)
+            passes, update = steps.run([batch] * num_passes, batch.num_target_tokens)
             if validates:
                 trace.mark("validate")
                 self._validate(work, compute)
                 trace.mark("save")
                 self._save(step)
         self._recorder.continue_in(self._loading)  # what goes from here on, whenever the collector comes, is no event
-        costs = {cost: count / num_micro_batches for cost, count in passes.items()}
-        feature_bytes = 0 if self._features is None else self._features.num_bytes
+        costs = {cost: count / num_passes for cost, count in passes.items()}
+        feature_bytes = 0 if self._features is None else self._features.num_bytes(work.batch)
         return replace(_result(trace, model, costs, update), feature_bytes=feature_bytes)
 
     def _save(self, step: TrainingStep) -> None:

@@ -56,7 +56,8 @@ def planned_time(
         train: forward and backward pass of one micro-batch.
         update: clipping and the optimizer.
         rates: the card's.
-        num_micro_batches: of an optimizer step, on this card; their mean where steps differ.
+        num_micro_batches: of an optimizer step, on this card; those that share a pass count as one; their mean where
+            steps differ.
         num_tokens: of a micro-batch.
         steps_per_epoch: optimizer steps, where their number is known.
     """
@@ -75,6 +76,11 @@ def seconds(costs: Mapping[OpCost, float], rates: CardRates) -> float:
     The longest of the card's, the CPU's, and the link's for copies which run beside both.
     """
     return max(device_seconds(costs, rates), issue_seconds(costs, rates), link_seconds(costs, rates))
+
+
+def waits_for_link(costs: Mapping[OpCost, float], rates: CardRates) -> bool:
+    """Whether copies which run beside all else take the longest of what costs `costs`."""
+    return link_seconds(costs, rates) > max(device_seconds(costs, rates), issue_seconds(costs, rates))
 
 
 def device_seconds(costs: Mapping[OpCost, float], rates: CardRates) -> float:

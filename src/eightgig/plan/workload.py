@@ -1,4 +1,4 @@
-"""What a planned run works on: one micro-batch of the largest samples that its settings let through."""
+"""What a planned run works on: the largest samples that its settings let through, as many as a pass takes."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
     from eightgig.registry import ModelSpec
 
 QUESTION = "What is shown?"
-_BATCH_SIZE = {"training": {"batch_size", "batching"}}
+_SAMPLES = {"training": {"batch_size", "batching"}, "hardware": {"micro_batches_per_pass"}}
 WORD = "a "  # at least one token in every vocabulary, so that enough of them fill a sample
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What one micro-batch and one answer to it are made of.
+    """What one pass and one answer to it are made of.
 
     Attributes:
         processor: the model's, set to the configured image size.
-        samples: those of the micro-batch.
-        batch: the micro-batch.
+        samples: those of the pass.
+        batch: the samples of a training pass: one micro-batch, or several where they share passes.
         num_generated: how many of the samples validation answers.
         validation: what validation takes, where it is not what training takes.
-        num_micro_batches: of an optimizer step in the mean; None: as many as `gradient_accumulation_steps` says.
+        num_micro_batches: of an optimizer step in the mean; None: as many passes as the settings say.
     """
 
     processor: Any
@@ -68,7 +68,7 @@ class MeasuredSample:
 
 
 def largest_workload(config: TrainingConfig, spec: ModelSpec) -> Workload:
-    """A micro-batch of samples with one square image, as large as `data.image_size` (else the model) takes it, and
+    """A pass of samples with one square image, as large as `data.image_size` (else the model) takes it, and
     `data.max_length` text tokens, most of them in the answer.
 
     Where samples share rows, a row of as many tokens, with as many such images as short texts leave room for.
@@ -80,7 +80,7 @@ def largest_workload(config: TrainingConfig, spec: ModelSpec) -> Workload:
     encoder, processor = build_encoder(with_standin(config), spec)
     image_px = config.data.image_size or spec.facts.image_px
     sample = _sample(image_px, num_words=config.data.max_length)
-    plain = workload_of((sample,) * config.training.batch_size, encoder, processor, config)
+    plain = workload_of((sample,) * config.samples_per_pass, encoder, processor, config)
     if config.training.batching is not Batching.PACKED:
         return plain
     check_can_pack(config, spec)
@@ -98,8 +98,8 @@ class LargestWorkloads:
         self._known: dict[str, Workload] = {}
 
     def __call__(self, config: TrainingConfig) -> Workload:
-        """The micro-batch of `config`. Raises what `largest_workload` does."""
-        key = config.model_dump_json(include={"model": True, "data": True, "validation": True, **_BATCH_SIZE})
+        """The pass of `config`. Raises what `largest_workload` does."""
+        key = config.model_dump_json(include={"model": True, "data": True, "validation": True, **_SAMPLES})
         if key not in self._known:
             self._known[key] = largest_workload(config, self._spec)
         return self._known[key]
@@ -126,13 +126,16 @@ def build_encoder(config: TrainingConfig, spec: ModelSpec) -> tuple[Encoder, Any
 
 
 def workload_of(samples: Sequence[Sample], encoder: Encoder, processor: Any, config: TrainingConfig) -> Workload:
-    """The micro-batch of `samples`, with as many of them answered as `config` lets validation answer.
+    """The pass of `samples`, with as many of a micro-batch answered as `config` lets validation answer.
 
     Raises:
         DataError: one of them can't be read.
     """
     (batch,) = validation_batches(encoder, samples, batch_size=len(samples))
-    return Workload(processor, encoder, tuple(samples), batch, min(config.validation.num_generated, len(samples)))
+    num_at_once = config.training.batch_size  # of validation
+    num_generated = min(config.validation.num_generated, len(samples), num_at_once)
+    validation = workload_of(samples[:num_at_once], encoder, processor, config) if len(samples) > num_at_once else None
+    return Workload(processor, encoder, tuple(samples), batch, num_generated, validation)
 
 
 def largest_row(
@@ -198,7 +201,7 @@ def mean_micro_batches(order: StepOrder) -> float:
 
 
 def workload_sizes(work: Workload) -> dict[str, int]:
-    """How much a micro-batch holds: samples, images, and tokens, those of its texts (with the chat template's own) and
+    """How much a pass holds: samples, images, and tokens, those of its texts (with the chat template's own) and
     those of its images apart; padding is not counted.
     """
     num_text_tokens = sum(work.encoder.measure(sample).num_text_tokens for sample in work.samples)

@@ -38,6 +38,7 @@ class DerivedFamily(ModelFamily):
 
     name = "derived"
     models = ()
+    rows_are_independent = False  # that is not known
 
     def __init__(self, model_type: str, location: str, tree: _Tree, processor: ProcessorFacts) -> None:
         self.model_types = (model_type,)

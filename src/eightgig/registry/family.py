@@ -61,6 +61,9 @@ class ModelFamily(ABC):
         accepts_image_features: whether a frozen tower's features can be kept and given in place of pixels: each image
             is processed by itself, `pixel_values` reach the tower as they are, and `tower_features` tells what the
             model reads of the tower's output.
+        layer_row_dimensions: by name, arguments of a decoder layer that don't have one entry a row along their first
+            dimension: the dimension that their rows lie along, each of one or more entries; None: the same for all.
+        rows_are_independent: whether a sample's loss does not depend on the others in its batch.
         has_own_classes: whether its model is EightGig's own implementation, not one of transformers.
         processor_files: what a folder must hold for `load_processor`: kinds of files, one name of each will do.
         packing_obstacle: why several samples can't share a row (`training.batching` = packed); empty where they can,
@@ -90,6 +93,8 @@ class ModelFamily(ABC):
     interpolates_positions: bool = False
     attention: str | Mapping[str, str] = "sdpa"
     accepts_image_features: bool = False
+    rows_are_independent: bool = True
+    layer_row_dimensions: Mapping[str, int | None] = MappingProxyType({})
     has_own_classes: bool = False
     processor_files: Mapping[str, tuple[str, ...]] = PROCESSOR_FILES
     packing_obstacle: str = "nobody has shown yet that samples in one row stay apart in it"

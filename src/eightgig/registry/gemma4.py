@@ -187,6 +187,7 @@ class Gemma4Family(ModelFamily):
     packing_obstacle = "some layers attend within a window, by masks made of the whole row"
     models = (GEMMA_4_E2B, GEMMA_4_E4B)
     reserved_texts = tuple(MEDIA_TOKENS.values())
+    layer_row_dimensions = MappingProxyType({"shared_kv_states": 0})
     attention = MappingProxyType(
         {part: "sdpa" for part in ("", "text_config", "vision_config")} | {"audio_config": "eager"}
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from eightgig.registry.facts import ImageLayout, ModelFacts, ModulePaths
@@ -141,6 +142,9 @@ class MllamaFamily(ModelFamily):
     models = (LLAMA_3_2_11B_VISION,)
     # Without it the published template writes the day of training into every conversation without images.
     template_arguments: Mapping[str, Any] = {"date_string": "26 Jul 2024"}
+    # Tokens ahead of a row's first image look at the slots of as many images as any row of the batch has.
+    rows_are_independent = False
+    layer_row_dimensions = MappingProxyType({"cross_attention_states": 0})  # each tile of each image of a row
     # An image that is only padding has all tiles valid, so that attention among them stays finite; none is looked at.
     image_layout = ImageLayout(
         padding={"pixel_values": 0.0, "aspect_ratio_ids": 0, "aspect_ratio_mask": 1}, rows_are_samples=True

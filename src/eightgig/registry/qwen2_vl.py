@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from eightgig.registry.facts import ModelFacts, ModulePaths
@@ -121,6 +122,7 @@ class Qwen2VLFamily(QwenVisionFamily):
         lm_head="lm_head",
     )
     lora_pattern = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+    layer_row_dimensions = MappingProxyType({"position_embeddings": -3})  # older transformers: [3, rows, tokens, head]
     image_mean = CLIP_MEAN
     image_std = CLIP_STD
     default_min_pixels = 56**2

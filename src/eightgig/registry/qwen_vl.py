@@ -93,6 +93,7 @@ class QwenVLFamily(ModelFamily):
     end_of_turn = "<|im_end|>"
     packing_obstacle = "its own attention knows no samples within a row"
     accepts_image_features = True
+    layer_row_dimensions = MappingProxyType({"positions": None})
     has_own_classes = True
     # The published folders have no other processor files.
     processor_files = MappingProxyType({"tokenizer": ("qwen.tiktoken", "tokenizer.json")})

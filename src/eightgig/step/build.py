@@ -11,6 +11,7 @@ from eightgig.core.errors import ConfigError, Problem
 from eightgig.memory.checkpointing import checkpoint_layers
 from eightgig.memory.host_copies import Transfers
 from eightgig.memory.layer_inputs import offload_layer_inputs
+from eightgig.memory.row_groups import compute_in_groups
 from eightgig.memory.tiled_mlp import tile_mlps
 from eightgig.models.fused_lora import fuse_lora
 from eightgig.models.load import weight_dtype
@@ -69,7 +70,7 @@ def offload_as_configured(
 ) -> None:
     """Have the inputs of the layers that `checkpoint_as_configured` wrapped wait on the host, if `config` asks for it.
 
-    Wrap the layers with nothing afterwards: it acts on what the layer as a whole keeps.
+    Wrap the layers with nothing afterwards but groups of rows: it acts on what the layer as a whole keeps.
     """
     if config.hardware.levers.offload_layer_inputs:
         offload_layer_inputs(_checkpointed_layers(config, spec, model), transfers)
@@ -101,6 +102,16 @@ def why_not_fused(config: TrainingConfig, precision: Precision) -> str | None:
     if precision.compute_dtype is torch.float16:
         return "adapters compute in fp32 where the rest computes in fp16"
     return None
+
+
+def group_rows_as_configured(config: TrainingConfig, spec: ModelSpec, model: nn.Module) -> None:
+    """Have the decoder layers of `model` take a micro-batch's rows at a time, if `config` puts several in a pass.
+
+    Outermost of all: what else wraps a layer acts on each group of rows as it would on a micro-batch of its own.
+    """
+    if config.hardware.levers.micro_batches_per_pass > 1:
+        layers, dimensions = spec.family.decoder_layers(model), spec.family.layer_row_dimensions
+        compute_in_groups(layers, config.training.batch_size, row_dimensions=dimensions)
 
 
 def _checkpointed_layers(config: TrainingConfig, spec: ModelSpec, model: nn.Module) -> list[nn.Module]:

@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from eightgig.step.build import checkpoint_as_configured, offload_as_configured, tile_as_configured
+from eightgig.step.build import (
+    checkpoint_as_configured,
+    group_rows_as_configured,
+    offload_as_configured,
+    tile_as_configured,
+)
 
 if TYPE_CHECKING:
     from eightgig.config import TrainingConfig
@@ -14,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class LayerLevers:
-    """What tiles, checkpointing and layer inputs on the host change of one model: the forwards of its modules."""
+    """What tiles, checkpointing, layer inputs on the host and groups of rows change of a model: forwards of modules."""
 
     def __init__(self, spec: ModelSpec, model: nn.Module) -> None:
         """Note the forwards of `model` as they are, before any of these levers."""
@@ -40,3 +45,4 @@ class LayerLevers:
         tile_as_configured(config, self._spec, self._model)
         checkpoint_as_configured(config, self._spec, self._model)
         offload_as_configured(config, self._spec, self._model)
+        group_rows_as_configured(config, self._spec, self._model)

@@ -1,4 +1,4 @@
-"""The micro-batch of a run's own data that takes the most memory, for its plan and its rehearsal."""
+"""The pass over a run's own data that takes the most memory, for its plan and its rehearsal."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from eightgig.config import Batching
 from eightgig.data.check import SampleSize
 from eightgig.data.encode import Encoder
-from eightgig.data.loader import validation_batches
+from eightgig.data.grouping import Grouping
 from eightgig.data.order import MicroBatchOrder, StepOrder
-from eightgig.plan.workload import MeasuredSample, Workload, largest_row, mean_micro_batches
+from eightgig.plan.workload import MeasuredSample, Workload, largest_row, mean_micro_batches, workload_of
 
 if TYPE_CHECKING:
     from eightgig.config import TrainingConfig
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def largest_training_batch(
     config: TrainingConfig, spec: ModelSpec, encoder: Encoder, data: DataSets, order: StepOrder
 ) -> Workload:
-    """A micro-batch of the training samples with the most tokens, image tokens among them.
+    """A pass over the training samples with the most tokens, image tokens among them.
 
     Validation is planned with the same samples: it answers as many of them as a batch of it holds, and none where the
     run has no validation samples. Where samples share rows, training is planned with a full row instead, and with as
@@ -35,11 +35,11 @@ def largest_training_batch(
         DataError: an image that was good when it was checked can't be read any more.
     """
     sizes = sample_sizes(config, spec, data)
-    largest = heapq.nlargest(config.training.batch_size, range(len(sizes)), key=lambda index: sizes[index])
+    largest = heapq.nlargest(config.samples_per_pass, range(len(sizes)), key=lambda index: sizes[index])
     samples = tuple(data.train[index] for index in largest)
-    (batch,) = validation_batches(encoder, samples, batch_size=len(samples))
-    num_generated = min(config.validation.num_generated, len(samples)) if data.validation else 0
-    plain = Workload(encoder.processor, encoder, samples, batch, num_generated)
+    plain = workload_of(samples, encoder, encoder.processor, config)
+    if not data.validation:
+        plain = _without_answers(plain)
     if config.training.batching is not Batching.PACKED:
         return plain
     measured = [
@@ -48,6 +48,11 @@ def largest_training_batch(
     ]
     row = largest_row(measured, order.grouping.row_tokens, plain)
     return replace(row, num_micro_batches=mean_micro_batches(order))
+
+
+def _without_answers(work: Workload) -> Workload:
+    validation = None if work.validation is None else _without_answers(work.validation)
+    return replace(work, num_generated=0, validation=validation)
 
 
 def sample_sizes(config: TrainingConfig, spec: ModelSpec, data: DataSets) -> list[Any]:
@@ -69,6 +74,28 @@ def largest_micro_batch(
         return tuple(len(indices) * part for part in longest) if spec.family.derivation else len(indices) * longest
 
     return max((indices for step in steps for indices in order.micro_batches(step)), key=computed)
+
+
+class LargestTrainingBatches:
+    """`largest_training_batch` for variants of a run's settings: made once for those that take as many samples."""
+
+    def __init__(self, spec: ModelSpec, encoder: Encoder, data: DataSets) -> None:
+        self._spec, self._encoder, self._data = spec, encoder, data
+        self._known: dict[tuple[int, int], Workload] = {}
+
+    def __call__(self, config: TrainingConfig) -> Workload:
+        """The pass of `config`. Raises what `largest_training_batch` does."""
+        size = (config.training.batch_size, config.samples_per_pass)
+        if size not in self._known:
+            order = training_order(config, self._spec, self._data)
+            self._known[size] = largest_training_batch(config, self._spec, self._encoder, self._data, order)
+        return self._known[size]
+
+
+def training_order(config: TrainingConfig, spec: ModelSpec, data: DataSets) -> StepOrder:
+    """Which training samples each optimizer step of `config` sees, and which of them go through together."""
+    grouping = Grouping(config.training.batching, config.samples_per_pass, sample_sizes(config, spec, data))
+    return StepOrder(len(data.train), config.samples_per_pass, config.passes_per_step, config.seed, grouping)
 
 
 def num_image_tokens(config: TrainingConfig, spec: ModelSpec, data: DataSets) -> int:

@@ -17,11 +17,11 @@ from eightgig.core.files import write_json
 from eightgig.core.logging import get_logger
 from eightgig.core.units import GIB, MIB, format_bytes
 from eightgig.models.least_memory import CONTEXT_BYTES
+from eightgig.plan.candidates import WorkloadOf
 from eightgig.plan.chosen_levers import plan_with_levers
 from eightgig.plan.levers import FEATURES
 from eightgig.plan.phases import phase_word
 from eightgig.plan.wording import trade_words
-from eightgig.plan.workload import Workload
 from eightgig.registry.gpus import RESERVE_GIB, GpuFacts
 from eightgig.train.events import TrainingListener
 from eightgig.train.image_features import feature_room
@@ -97,7 +97,7 @@ class Question:
         card: the graphics card that it computes on.
         others_bytes: what other programs have of it.
         read: its data.
-        workload: makes the micro-batch that is planned.
+        workload_of: makes the pass that is planned.
         num_image_tokens: counts those of the whole training set.
     """
 
@@ -106,7 +106,7 @@ class Question:
     card: GpuFacts
     others_bytes: int
     read: ReadData
-    workload: Callable[[], Workload]
+    workload_of: WorkloadOf
     num_image_tokens: Callable[[], int]
 
 
@@ -175,7 +175,7 @@ def _kept_or_new(question: Question, find_kept: FindKeptPlan | None) -> dict[str
         return kept
     with _state_codes_left_alone():
         made = plan_with_levers(
-            config, question.spec, card, reserve_bytes=reserve_bytes, workload=question.workload()
+            config, question.spec, card, reserve_bytes=reserve_bytes, workload_of=question.workload_of
         ).to_json()
     if place is not None:
         place.put(made)

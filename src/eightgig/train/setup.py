@@ -12,10 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from eightgig.config import TrainingConfig
+from eightgig.config.levers import automatic_paths
 from eightgig.core.errors import ConfigError, EnvironmentProblem, Problem
 from eightgig.data.encode import Encoder
-from eightgig.data.grouping import Grouping
-from eightgig.data.order import StepOrder
 from eightgig.data.quarantine import Quarantine
 from eightgig.data.sets import read_data
 from eightgig.memory.cap import limit_allocator
@@ -28,13 +27,14 @@ from eightgig.models.packed_rows import check_can_pack, pack_as_configured
 from eightgig.models.precision import Precision, choose_precision
 from eightgig.models.tower_features import check_features_can_be_kept
 from eightgig.models.tower_in_4bit import tower_weights_kept
+from eightgig.plan.levers import TOGETHER
 from eightgig.registry import ModelSpec, resolve
 from eightgig.step.build import build_compute, build_step, fuse_lora_as_configured, why_not_fused
 from eightgig.step.layer_levers import LayerLevers
 from eightgig.train.datasets import check_data
 from eightgig.train.events import TrainingListener
 from eightgig.train.image_features import FeatureCache, FeaturePlace, FedRun
-from eightgig.train.largest_batch import largest_training_batch, num_image_tokens, sample_sizes
+from eightgig.train.largest_batch import LargestTrainingBatches, num_image_tokens, training_order
 from eightgig.train.memory_meter import MemoryMeter
 from eightgig.train.planning import PlanDoors, Question, plan_run
 from eightgig.train.positions import positions_note
@@ -87,9 +87,11 @@ def choose_place(config: TrainingConfig) -> Place:
         )
     prefer_expandable_segments()
     accelerator = Accelerator(cpu=config.hardware.device == "cpu" or not torch.cuda.is_available())
-    accumulation = config.training.gradient_accumulation_steps
-    if accumulation % accelerator.num_processes:
+    accumulation, together = config.training.gradient_accumulation_steps, config.hardware.levers.micro_batches_per_pass
+    if accumulation % (accelerator.num_processes * together):
         allowed = f"a multiple of the {accelerator.num_processes} processes, which share the micro-batches of a step"
+        if together > 1:
+            allowed += f", times hardware.micro_batches_per_pass = {together}"
         raise ConfigError(
             [Problem("training.gradient_accumulation_steps", str(accumulation), allowed)],
             source="accelerate launch",
@@ -116,16 +118,16 @@ def build_run(
         listener.on_message(text)
     encoder = _build_encoder(config, spec)
     data = check_data(read, config, encoder, folder, listener)
-    order = _order(config, spec, data)
     planned = None
+    config = _for_processes(config, place.accelerator.num_processes)
     if place.accelerator.is_main_process:
         question = None
         card = doors.find_card(place.device)
-        workload = functools.partial(largest_training_batch, config, spec, encoder, data, order)
+        workload_of = LargestTrainingBatches(spec, encoder, data)
         if card is not None:
             tokens = functools.partial(num_image_tokens, config, spec, data)
             others_bytes = used_by_others(place.device, CONTEXT_BYTES)
-            question = Question(config, spec, card, others_bytes, read, workload, tokens)
+            question = Question(config, spec, card, others_bytes, read, workload_of, tokens)
         config, planned = plan_run(config, question, doors.find_kept, folder, listener)
     config = place.as_main_process_has(config)
     listener.on_message(f"loading {spec.name}")
@@ -153,6 +155,7 @@ def build_run(
     layer_levers = LayerLevers(spec, loaded.model)
     layer_levers.put_on(config)
     training = config.training
+    order = training_order(config, spec, data)
     num_steps = training.max_steps or order.steps_per_epoch * training.num_epochs
     step = build_step(
         config,
@@ -178,12 +181,6 @@ def build_run(
     )
 
 
-def _order(config: TrainingConfig, spec: ModelSpec, data: DataSets) -> StepOrder:
-    training = config.training
-    grouping = Grouping(training.batching, training.batch_size, sample_sizes(config, spec, data))
-    return StepOrder(len(data.train), training.batch_size, training.gradient_accumulation_steps, config.seed, grouping)
-
-
 def _fed(
     config: TrainingConfig,
     loaded: LoadedModel,
@@ -199,6 +196,14 @@ def _fed(
     cache.fill((*data.train, *data.validation))
     feature_place.wait_for_everyone()
     return cache.feed()
+
+
+def _for_processes(config: TrainingConfig, num_processes: int) -> TrainingConfig:
+    """`config` without a choice of the plan that several processes might not share evenly."""
+    if num_processes == 1 or TOGETHER not in automatic_paths(config):
+        return config
+    hardware = config.hardware.model_copy(update={"micro_batches_per_pass": 1})
+    return config.model_copy(update={"hardware": hardware})
 
 
 def _notes(config: TrainingConfig, spec: ModelSpec) -> Iterator[str]:
