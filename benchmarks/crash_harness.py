@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One training run, killed again and again with SIGKILL and resumed each time, compared with one that was left alone.
 
-usage: python -m benchmarks.crash_harness --kills 100 --out benchmarks/results/crash-harness-cpu.json
+usage: python -m benchmarks.crash_harness --kills 100 --out benchmarks/results/crash_harness_cpu.json
 
 By default the run is of the embedded demo model. Some kills come at a random moment of the training, some of the
 loading, some just before a random change of the run's files (found by Python's audit events: a file opened for writing,
