@@ -121,7 +121,11 @@ def test_skipping_leaves_the_run_as_if_the_step_had_learnt_nothing(
 def test_steps_in_a_row_end_the_run_at_the_last_good_checkpoint(
     tiny_config: MakeConfig, run_training: RunTraining, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    config = tiny_config(training={"max_skipped_steps": 3, "max_steps": 12}, validation={"every_steps": None})
+    config = tiny_config(
+        training={"max_skipped_steps": 3, "max_steps": 12},
+        validation={"every_steps": None},
+        hardware={"rehearsal": False},  # so that each call is a step
+    )
     counter = SimpleNamespace(now=0)
     call = TrainingStep.__call__
 

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -187,7 +187,10 @@ class _Killed(Encoder):
 
 
 def test_a_worker_that_the_system_ends(
-    samples: tuple[Sample, ...], processor: LlavaProcessor, order: StepOrder
+    samples: tuple[Sample, ...],
+    processor: LlavaProcessor,
+    order: StepOrder,
+    no_workers_left: Callable[[], bool],
 ) -> None:
     killed = _Killed(processor, LlavaFamily(), max_length=99)
     loader = StepLoader(samples, killed, order, steps=range(1), workers=WorkerSettings(1, "fork"))
@@ -201,11 +204,21 @@ def test_a_worker_that_the_system_ends(
     assert no_workers_left()
 
 
-def no_workers_left() -> bool:
-    """Whether all child processes of this one have ended, within a short time."""
-    for child in multiprocessing.active_children():
-        child.join(timeout=10)
-    return multiprocessing.active_children() == []
+@pytest.fixture
+def no_workers_left() -> Callable[[], bool]:
+    """Tells whether all child processes that the test has started have ended, within a short time.
+
+    Those of other tests may live as long as an error of theirs, whose traceback holds their loader.
+    """
+    others = set(multiprocessing.active_children())
+
+    def tell() -> bool:
+        mine = set(multiprocessing.active_children()) - others
+        for child in mine:
+            child.join(timeout=10)
+        return not any(child.is_alive() for child in mine)
+
+    return tell
 
 
 class _FailingOnce(Encoder):
@@ -234,6 +247,7 @@ def test_workers_that_die_or_hang_are_started_again_and_nothing_changes(
     caplog: pytest.LogCaptureFixture,
     kind: str,
     num_workers: int,
+    no_workers_left: Callable[[], bool],
 ) -> None:
     failing = _FailingOnce(processor, LlavaFamily(), max_length=4096)
     unlucky = [samples[order.micro_batches(step)[batch][0]] for step, batch in ((1, 1), (3, 0))]
@@ -278,7 +292,10 @@ def test_an_error_of_a_workers_own_is_no_death() -> None:
 
 
 def test_a_worker_that_dies_while_training_computes_raises_nothing_there(
-    samples: tuple[Sample, ...], encoder: Encoder, order: StepOrder
+    samples: tuple[Sample, ...],
+    encoder: Encoder,
+    order: StepOrder,
+    no_workers_left: Callable[[], bool],
 ) -> None:
     """torch would raise an error out of whatever runs when the system tells of the death: a backward pass, say."""
     steps = iter(StepLoader(samples, encoder, order, steps=range(4), workers=WorkerSettings(1, "fork")))
