@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import Iterable, Mapping
@@ -230,13 +231,14 @@ class RunFolder:
     def append(self, path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         """Add `records` to the JSONL file `path`, all or none; they are with the operating system when this returns."""
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        with explained_write_errors(path), path.open("ab", buffering=0) as stream:
-            end = stream.tell()
-            try:
-                _write_all(stream, lines.encode())
-            except BaseException:
-                stream.truncate(end)
-                raise
+        with (
+            explained_write_errors(path),
+            path.open("ab", buffering=0) as stream,
+            contextlib.ExitStack() as on_failure,
+        ):
+            on_failure.callback(stream.truncate, stream.tell())
+            _write_all(stream, lines.encode())
+            on_failure.pop_all()
 
     def sync_logs(self) -> None:
         """Put what was logged on the disk, so that a power cut takes nothing that was before a checkpoint."""
