@@ -140,7 +140,8 @@ def test_ctrl_c_says_how_to_go_on(
     Calls(monkeypatch).answer("training", "train", act)
     code, _, err = run(capsys, "train")
     assert code == 130
-    assert (f"`eightgig train --resume {folder}`" in err) is has_checkpoint
+    assert f"`eightgig train --resume {folder}`" in err
+    assert ("begin again at step 1" in err) is not has_checkpoint
     assert ("before the first checkpoint" in err) is not has_checkpoint
 
 

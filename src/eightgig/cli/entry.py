@@ -59,12 +59,14 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 def how_to_go_on(run_folder: Path | None) -> str:
-    """What to say after Ctrl-C or SIGTERM: the command that continues the run, if a checkpoint of it stands."""
+    """What to say after Ctrl-C or SIGTERM: the command that continues the run."""
     if run_folder is None or not run_folder.exists():
         return "stopped before the first step; nothing was trained"
     if not any((run_folder / "checkpoints").glob("step-*")):
-        return f"stopped before the first checkpoint; what was logged is in {run_folder}, start again to train"
-    return f"stopped\n  next: go on from the last checkpoint with `eightgig train --resume {run_folder}`"
+        stopped, how = "stopped before the first checkpoint", "begin again at step 1, with the same settings,"
+    else:
+        stopped, how = "stopped", "go on from the last checkpoint"
+    return f"{stopped}\n  next: {how} with `eightgig train --resume {run_folder}`"
 
 
 def unexpected_error_text(error: Exception, log: Path) -> str:
