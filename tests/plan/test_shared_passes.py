@@ -12,7 +12,7 @@ import pytest
 import torch
 from tests.tiny import build_tiny_llava
 
-from eightgig.config import TrainingConfig
+from eightgig.config import Batching, TrainingConfig
 from eightgig.core.units import GIB
 from eightgig.models.host_weights import STREAMED
 from eightgig.plan.candidates import Candidates, with_changes
@@ -226,3 +226,22 @@ def test_a_number_that_does_not_divide_the_accumulation_is_refused() -> None:
         }
     )
     assert (config.samples_per_pass, config.passes_per_step) == (12, 2)
+
+
+def test_rows_that_samples_share_go_through_one_by_one(spec: ModelSpec) -> None:
+    """A pass takes one row there, which can't be divided: the plan leaves it at that, and a user's wish is refused."""
+    config = config_with(spec, streamed_layers=6, checkpointed_layers=None, offload_layer_inputs=False)
+    packed = config.model_copy(update={"training": config.training.model_copy(update={"batching": Batching.PACKED})})
+    found = search(
+        packed,
+        spec,
+        CARD,
+        reserve_bytes=0,
+        fixed=("training.batch_size", "hardware.gradient_checkpointing"),
+        workload_of=LargestWorkloads(spec),
+        rates=slow_link(CARD),
+    )
+    assert found.fits
+    assert found.config["hardware"]["micro_batches_per_pass"] == 1
+    with pytest.raises(ValueError, match="1 where samples share rows"):
+        TrainingConfig.model_validate({"training": {"batching": "packed"}, "hardware": {"micro_batches_per_pass": 2}})

@@ -60,11 +60,7 @@ class SharedMappings:
     @property
     def are_as_found(self) -> bool:
         """Whether each holds the very objects it held."""
-        return all(
-            now[1] == found[1] and len(now[0]) == len(found[0]) and all(a is b for a, b in zip(*pair, strict=True))
-            for now, found in zip(map(_content, self._mappings), self._found, strict=True)
-            for pair in [(now[0], found[0])]
-        )
+        return all(map(_are_the_same, map(_content, self._mappings), self._found))
 
     def clear(self) -> None:
         """Empty them."""
@@ -88,6 +84,10 @@ def open_call(args: Any, kwargs: Any) -> tuple[list[Any], CallStructure, list[Mu
             leaves.append(leaf)
             opened.append(None)
     return leaves, CallStructure(structure, tuple(opened)), mappings
+
+
+def _are_the_same(now: tuple[list[Any], TreeSpec], found: tuple[list[Any], TreeSpec]) -> bool:
+    return now[1] == found[1] and all(one is other for one, other in zip(now[0], found[0], strict=True))
 
 
 def _content(mapping: MutableMapping[Any, Any]) -> tuple[list[Any], TreeSpec]:
